@@ -197,7 +197,7 @@ class HostDecoder:
     def decode_content(self, data: bytes) -> Bytes:
         """Decode the content of a file; raises `BadImageError` or `MemoryError`."""
         file = _for_dali(np.frombuffer(bytearray(data), np.uint8))
-        image = _judged("", file, (self._run([file]) or [None])[0])
+        image = _checked_image("", file, (self._run([file]) or [None])[0])
         if isinstance(image, BadFileError):
             raise BadImageError(image.reason)
         return image
@@ -218,9 +218,9 @@ class HostDecoder:
         images: Sequence[Bytes | None] | None = self._run(whole)
         if images is None:
             images = [(self._run([file]) or [None])[0] for file in whole]
-        judged = iter(images)
+        checked = iter(images)
         return [
-            _judged(path, file, next(judged)) if isinstance(file, EncodedImage) else file
+            _checked_image(path, file, next(checked)) if isinstance(file, EncodedImage) else file
             for path, file in zip(paths, files, strict=True)
         ]
 
@@ -251,7 +251,7 @@ def _read_or_error(path: str) -> EncodedImage | BadFileError:
         return error
 
 
-def _judged(path: str, file: EncodedImage, image: Bytes | None) -> Bytes | BadFileError:
+def _checked_image(path: str, file: EncodedImage, image: Bytes | None) -> Bytes | BadFileError:
     """Return the decoded image, or an error if DALI raised (`None`) or the size is wrong.
 
     Crops are drawn from the size in the header, so a different decoded size is an error.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count as naturals
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,7 +152,7 @@ class CropSource:
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
         """Yield the arrays of `columns` from micro-batch `index` on, until `end` or a failure."""
-        for number in naturals(index):
+        for number in itertools.count(index):
             if number == self.end:
                 return
             try:
@@ -416,13 +416,13 @@ def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> N
 
     `bad` maps path -> reason.
     """
-    most = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
-    if len(bad) > most:
+    limit = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
+    if len(bad) > limit:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (
             len(bad) > 3
         )
         raise UserError(
             f"{len(bad)} of {num_files} files are bad, but data.max_bad_files "
-            f"{spec.max_bad_files:g} allows only {most} ({some}); check the dataset with `python "
+            f"{spec.max_bad_files:g} allows only {limit} ({some}); check the dataset with `python "
             "tools/check_training_data.py --clean` and select again, or raise data.max_bad_files"
         )

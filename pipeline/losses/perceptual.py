@@ -36,7 +36,7 @@ FEATURES, CLASSIFIER = "features.", "classifier."
 def find_trunk(name: str, file: str | None = None) -> Path:
     """Return the path of the weights of the trunk `name` (in `TRUNK_FILES`).
 
-    This is `file` if incoming, otherwise torchvision's file in torch's cache,
+    This is `file` if given, otherwise torchvision's file in torch's cache,
     `$TORCH_HOME/hub/checkpoints` (by default `~/.cache/torch/hub/checkpoints`). `file` may start
     with `~`; a relative path starts at the working directory. If the file is missing, raises a
     `UserError` that says what to download, and to which path.
@@ -178,7 +178,7 @@ class VggFeature(nn.Module):
             indices[name] + (0 if before_activation else 1): float(weight)
             for name, weight in layers.items()
         }
-        # values come from the file, so skip allocation and initialisation
+        # Values come from the file, so skip allocation and initialisation
         with torch.device("meta"):
             whole = vgg19_features()
         load_trunk("vgg19", weights, whole)
@@ -349,7 +349,7 @@ def vgg19_features() -> nn.Sequential:
     before = 3
     for channels, depth in VGG19_BLOCKS:
         for _ in range(depth):
-            # Not in index, which would overwrite the features before the activation.
+            # Not in place, which would overwrite the features before the activation.
             layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU()]
             before = channels
         layers.append(nn.MaxPool2d(2))

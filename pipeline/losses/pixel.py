@@ -1,4 +1,4 @@
-"""Losses between pixels: both images are float NCHW in [0, 1]; returns the mean over all values."""
+"""Losses between pixels of float NCHW images in [0, 1]; each returns a mean over all values."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class FourierL1(nn.Module):
 
 
 class TotalVariation(nn.Module):
-    """Differences between neighbouring pixels of `sr`, a regulariser against noise; ignores `hr`.
+    """Total variation of `sr`, a regulariser against noise; `hr` is ignored.
 
     Args:
         distance: "l2" is twice the sum of the mean squared differences down and across, as in the

@@ -24,7 +24,7 @@ class LpipsMetric:
     ) -> None:
         self.device = torch.device(device)
         self._distance = LpipsDistance(network, weights).to(self.device)
-        # in pixels; smaller images raise `UserError`
+        # In pixels; smaller images raise `UserError`.
         self.smallest_side = self._distance.smallest_side
 
     def __call__(self, sr: Tensor, hr: Tensor) -> float:

@@ -33,7 +33,7 @@ def luma(images: Tensor, rounded: bool) -> Tensor:
     With `rounded`, Y is rounded to integers, halves up.
     """
     red, green, blue = images.to(torch.int32).split(1, dim=1)
-    # exact, in units of 1/255000, so that halves are exact
+    # Exact, in units of 1/255000, so that halves round correctly.
     y = 65481 * red + 128553 * green + 24966 * blue
     if rounded:
         return (torch.div(y + 127500, 255000, rounding_mode="floor") + 16).to(torch.float64)

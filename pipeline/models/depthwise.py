@@ -19,8 +19,8 @@ from pipeline.models import native
 KERNELS = ("torch", "native")
 MARGIN = 1.1  # minimum speed-up for choosing the native kernel
 BUDGET = 1.0  # seconds for measuring
-ROUNDS, MOST_ROUNDS = 3, 20
-# speed-up that counts as clear; below, more rounds are measured, as the machine may be busy
+ROUNDS, MAX_ROUNDS = 3, 20
+# Speed-up that counts as clear; below it, more rounds are measured, as the machine may be busy.
 CLEAR = 1.5
 LARGEST_BATCH = 8
 """Largest number of images to measure on; more only take proportionally longer."""
@@ -139,7 +139,7 @@ def _measured(
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     layer = same_size(channels, size, dilation)
     best = dict.fromkeys(KERNELS, float("inf"))
-    for number in range(MOST_ROUNDS + 1):
+    for number in range(MAX_ROUNDS + 1):
         for kernel in KERNELS:
             layer.kernel, images.grad = kernel, None
             began = time.perf_counter()
@@ -197,13 +197,13 @@ class _Depthwise(torch.autograd.Function):
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         features, weight = ctx.saved_tensors
-        wants_images, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        needs_images, needs_weight, needs_bias, _ = ctx.needs_input_grad
         to_images, to_weight, to_bias = native.backward(
             features,
             gradient,
             weight,
             ctx.dilation,
-            wants_images=wants_images,
-            wants_weight=wants_weight or wants_bias,
+            needs_images=needs_images,
+            needs_weight=needs_weight or needs_bias,
         )
         return to_images, to_weight, to_bias if ctx.has_bias else None, None

@@ -28,7 +28,7 @@ SOURCE = Path(__file__).with_name("depthwise.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 COMPILERS = ("g++", "c++")
 KERNEL_SIZES = (3, 5)
-LONGEST_BUILD = 120  # seconds
+BUILD_TIMEOUT = 120  # seconds
 TOLERANCE = 1e-4
 """For the check after loading: largest difference to PyTorch, relative to the largest value."""
 
@@ -66,8 +66,8 @@ def backward(
     weight: Tensor,
     dilation: int,
     *,
-    wants_images: bool = True,
-    wants_weight: bool = True,
+    needs_images: bool = True,
+    needs_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients with respect to images, weight and bias.
 
@@ -78,10 +78,10 @@ def backward(
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous()
     to_images = (
-        torch.empty_like(images, memory_format=torch.channels_last) if wants_images else None
+        torch.empty_like(images, memory_format=torch.channels_last) if needs_images else None
     )
-    to_weight = torch.zeros_like(weight) if wants_weight else None
-    to_bias = weight.new_zeros(weight.shape[0]) if wants_weight else None
+    to_weight = torch.zeros_like(weight) if needs_weight else None
+    to_bias = weight.new_zeros(weight.shape[0]) if needs_weight else None
     _call(
         "depthwise_backward",
         (images, gradient, weight, to_images, to_weight, to_bias),
@@ -182,7 +182,7 @@ def _compile(compiler: str, scratch: Path) -> Path:
         (compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)),
         (compiler, str(compiled), *link, "-o", str(library)),
     ):
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT)
     return library
 
 

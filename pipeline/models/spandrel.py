@@ -96,10 +96,10 @@ CONSTANT = {
 
 They are not trained, because an optimizer and the gradient check would wait for their gradients.
 """
-MIXING = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR")
+NEED_AUTOCAST = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR")
 """Architectures that create masks or positions in float32: in half precision they need autocast."""
 
-UNTOLD = {"ATD": ("category_size",)}
+HIDDEN_PARAMETERS = {"ATD": ("category_size",)}
 """Parameters that files do not reveal and that affect only large images."""
 CONVOLUTIONAL = ("Compact", "ESRGAN", "MoSR", "PLKSR", "SPAN", "SwiftSRGAN")
 """Architectures of convolutions and pixelwise arithmetic only, with the same reach everywhere."""
@@ -187,7 +187,7 @@ def routing(layer: type[nn.Module]) -> type[nn.Module]:
     return RoutingLayer
 
 
-SWAPPED = {("SPAN", "Conv3XC"): folding, ("SeemoRe", "MoELayer"): routing}
+REPLACED_CLASSES = {("SPAN", "Conv3XC"): folding, ("SeemoRe", "MoELayer"): routing}
 """(architecture, class) -> function that returns an equivalent, more capable class."""
 
 
@@ -332,7 +332,7 @@ def _large(fresh: Tensor, generator: torch.Generator) -> Tensor:
     A parameter that is initialised with one large number stays around 1.
     """
     noise = torch.randn(fresh.shape, generator=generator)
-    # e.g. the weight of a norm, or a temperature
+    # E.g. the weight of a norm, or a temperature
     if fresh.min() == fresh.max() and fresh.max() > 0.5:
         return 1 + 0.1 * noise
     return noise / max(1, fresh[0].numel()) ** 0.5 if fresh.dim() else noise
@@ -368,7 +368,7 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
         if plain(value) != plain(network.hyperparameters.get(name))
     }
     # With NaN, `is_same` is False.
-    if not is_same or different.keys() & set(UNTOLD.get(arch, ())):
+    if not is_same or different.keys() & set(HIDDEN_PARAMETERS.get(arch, ())):
         raise ValueError(
             f"a file of {arch!r} does not reveal all of these parameters; other programs would "
             f"read it as another network, with {different}; use these values"
@@ -376,7 +376,7 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _Traits:
     """Properties of a network for its users."""
 
     arch: str
@@ -427,14 +427,14 @@ class SpandrelNetwork(nn.Module):
                 module.__class__ = LayerNorm
             elif type(module) is nn.Conv2d and is_wrong_in_bf16(module):
                 module.__class__ = DepthwiseConv2d
-            elif (arch, type(module).__name__) in SWAPPED:
-                module.__class__ = SWAPPED[arch, type(module).__name__](type(module))
+            elif (arch, type(module).__name__) in REPLACED_CLASSES:
+                module.__class__ = REPLACED_CLASSES[arch, type(module).__name__](type(module))
         if "scale" not in vars(self):
             # As in all other networks. ESRGAN has its own attribute, which differs if it
             # unshuffles.
             self.scale = scale
-        self._facts = _Facts(arch, scale, minimum=1, multiple=1)
-        self._compare_with_what_spandrel_reads()
+        self._traits = _Traits(arch, scale, minimum=1, multiple=1)
+        self._verify_with_spandrel()
 
     @property
     def receptive_radius(self) -> int:
@@ -447,7 +447,7 @@ class SpandrelNetwork(nn.Module):
     @property
     def is_convolutional(self) -> bool:
         """Whether the architecture's reach is the same at every position."""
-        return self._facts.arch in CONVOLUTIONAL
+        return self._traits.arch in CONVOLUTIONAL
 
     @property
     def image_sizes(self) -> tuple[int, int]:
@@ -455,7 +455,7 @@ class SpandrelNetwork(nn.Module):
 
         `forward` accepts any size; exporters for other runtimes need these numbers.
         """
-        return self._facts.multiple, self._facts.minimum
+        return self._traits.multiple, self._traits.minimum
 
     def forward(self, images: Tensor) -> Tensor:
         """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
@@ -468,26 +468,27 @@ class SpandrelNetwork(nn.Module):
         dtype = next(self.parameters()).dtype
         lr = unit_range(images, dtype)
         height, width = lr.shape[-2:]
-        if self.training and self._facts.arch == "DAT" and lr.shape[0] == 1:
+        if self.training and self._traits.arch == "DAT" and lr.shape[0] == 1:
             raise UserError(
                 "arch 'DAT' normalises over the images of a batch and cannot train on one; set "
                 "train_micro_batch_size_per_gpu to 2 or more"
             )
-        lr = _continued(lr, self._facts)
+        lr = _padded(lr, self._traits)
         if lr is images:
             lr = lr.clone()  # RCAN multiplies its input in place
-        mixes = self._facts.arch in MIXING and dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(lr.device.type, dtype) if mixes else nullcontext():
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        needs_autocast = is_half and self._traits.arch in NEED_AUTOCAST
+        with torch.autocast(lr.device.type, dtype) if needs_autocast else nullcontext():
             sr = super().forward(lr)
-        return sr[..., : height * self._facts.scale, : width * self._facts.scale].to(dtype)
+        return sr[..., : height * self._traits.scale, : width * self._traits.scale].to(dtype)
 
-    def _compare_with_what_spandrel_reads(self) -> None:
+    def _verify_with_spandrel(self) -> None:
         """Check that spandrel reads the same network from its tensors, and get its image sizes.
 
         Some parameters leave no trace in the tensors; with an unusual value, every program would
         read the network's file as a network with different outputs.
         """
-        arch, scale = self._facts.arch, self._facts.scale
+        arch, scale = self._traits.arch, self._traits.scale
         self.eval()
         with large_weights(self):
             found = read(self.state_dict())
@@ -502,11 +503,11 @@ class SpandrelNetwork(nn.Module):
                     f"output channels; images have {COLOURS}"
                 )
             sizes = found.size_requirements
-            self._facts = facts = _Facts(arch, scale, sizes.minimum, sizes.multiple_of)
-            side = -(-max(16, facts.minimum) // facts.multiple) * facts.multiple
+            self._traits = traits = _Traits(arch, scale, sizes.minimum, sizes.multiple_of)
+            side = -(-max(16, traits.minimum) // traits.multiple) * traits.multiple
             # Some architectures are built for one image size, and some parameters have an effect
             # only above a certain size.
-            for size in ((side, side), (side + facts.multiple, side + 2 * facts.multiple)):
+            for size in ((side, side), (side + traits.multiple, side + 2 * traits.multiple)):
                 compare(self, found, scale, size)
         self.train()
 
@@ -516,17 +517,17 @@ def _mixed(architecture: type[nn.Module]) -> type[SpandrelNetwork]:
     return type(f"Spandrel{architecture.__name__}", (SpandrelNetwork, architecture), {})
 
 
-def _continued(images: Tensor, facts: _Facts) -> Tensor:
+def _padded(images: Tensor, traits: _Traits) -> Tensor:
     """Pad images to the size that an architecture needs: by reflection, then by replication."""
-    wanted = [
-        -(-max(side, facts.minimum) // facts.multiple) * facts.multiple
+    target = [
+        -(-max(side, traits.minimum) // traits.multiple) * traits.multiple
         for side in images.shape[-2:]
     ]
-    for mode, room in (("reflect", 1), ("replicate", None)):
+    for mode, margin in (("reflect", 1), ("replicate", None)):
         height, width = images.shape[-2:]
-        below, right = wanted[0] - height, wanted[1] - width
-        if room is not None:
-            below, right = min(below, height - room), min(right, width - room)
+        below, right = target[0] - height, target[1] - width
+        if margin is not None:
+            below, right = min(below, height - margin), min(right, width - margin)
         if below or right:
             images = F.pad(images, (0, right, 0, below), mode)
     return images

@@ -121,7 +121,7 @@ class SRResNet(nn.Module):
         has_tail = any(name in tensors for name in ("conv3.weight", "conv_block3.weight"))
         if not has_head or not has_tail or not any(name.startswith("trunk.") for name in tensors):
             return None
-        converted = {_todays_name(name): tensor for name, tensor in tensors.items()}
+        converted = {_current_name(name): tensor for name, tensor in tensors.items()}
         return None if converted.keys() == tensors.keys() else converted
 
 
@@ -156,7 +156,7 @@ def _upsampling_stage(num_features: int) -> nn.Sequential:
     )
 
 
-def _todays_name(name: str) -> str:
+def _current_name(name: str) -> str:
     """Map a tensor name of SRGAN-PyTorch from 2021 or 2022 to that of its last version and ours."""
     layers = {"conv1": 0, "bn1": 1, "prelu": 2, "conv2": 3, "bn2": 4}
     name = re.sub(r"^conv_block([123])\.", r"conv\1.", name)

@@ -288,27 +288,27 @@ class SavedNetwork:
                 network = build_generator(self.name, self.scale, **self.params)
         except UserError as error:
             raise UserError(f"{source}{error}") from error
-        wanted = network.state_dict()
+        expected = network.state_dict()
         title = f"{source}network {self.name!r} x{self.scale}"
-        for key in sorted(wanted.keys() | self.state_dict.keys()):
+        for key in sorted(expected.keys() | self.state_dict.keys()):
             if key not in self.state_dict:
                 raise UserError(
                     f"{title} needs the tensor {key!r}, which is missing from the weights; were "
                     "they trained with other parameters?"
                 )
-            if key not in wanted:
+            if key not in expected:
                 raise UserError(
                     f"{title} has no tensor {key!r}, but the weights contain it; were they "
                     "trained with other parameters?"
                 )
             tensor = self.state_dict[key]
-            if tensor.shape != wanted[key].shape:
+            if tensor.shape != expected[key].shape:
                 raise UserError(
                     f"{title}: tensor {key!r} is {tuple(tensor.shape)} in the weights but must be "
-                    f"{tuple(wanted[key].shape)}"
+                    f"{tuple(expected[key].shape)}"
                 )
             if tensor.dtype not in (
-                FLOATS if wanted[key].is_floating_point() else FLOATS + INTEGERS
+                FLOATS if expected[key].is_floating_point() else FLOATS + INTEGERS
             ):
                 raise UserError(
                     f"{title}: tensor {key!r} is {tensor.dtype} in the weights but must be one of "
@@ -366,13 +366,13 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".safetensors":
-        shown = {
+        metadata = {
             "architecture": saved.name,
             "scale": str(saved.scale),
             **saved.metadata,
             METADATA_KEY: description,
         }
-        write_pieces_atomically(path, _safetensors(saved.state_dict, shown))
+        write_pieces_atomically(path, _safetensors(saved.state_dict, metadata))
     else:
         # Cloned, because torch.save writes the whole storage that a tensor is a view of.
         tensors = {
@@ -473,13 +473,13 @@ def _of_spandrel(path: Path, tensors: dict[str, Tensor]) -> list[SavedNetwork]:
 
 def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> SavedNetwork:
     try:
-        said = json.loads(description)
+        fields = json.loads(description)
         return SavedNetwork(
-            name=str(said["name"]),
-            scale=int(said["scale"]),
-            params=dict(said["params"]),
+            name=str(fields["name"]),
+            scale=int(fields["scale"]),
+            params=dict(fields["params"]),
             state_dict=tensors,
-            metadata={str(key): str(value) for key, value in said.get("metadata", {}).items()},
+            metadata={str(key): str(value) for key, value in fields.get("metadata", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

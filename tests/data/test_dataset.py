@@ -37,7 +37,7 @@ def line(path: str, number: int, **more: object) -> str:
 
 
 def make(root: Path) -> Path:
-    """Create names of all kinds, and manifests with invalid lines in the root and two levels below."""
+    """Create names of all kinds, and manifests with invalid lines in the root and below it."""
     names = [
         "a.npy",
         "one/b.npy",

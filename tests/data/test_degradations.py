@@ -72,7 +72,7 @@ def source(
 def made(
     crops: CropSource, count: int = 1, threads: int = 1
 ) -> tuple[list[Sample], np.ndarray, np.ndarray]:
-    """Return samples of the first `count` micro-batches, and their HR and LR (n, 3, height, width)."""
+    """Return samples of the first `count` micro-batches, HR and LR (n, 3, height, width)."""
     pipeline = training_pipeline(crops, 0, device_id=None, threads=threads, prefetch=1)
     hr, lr = zip(
         *([np.array(side.as_array()) for side in pipeline.run()] for _ in range(count)), strict=True
