@@ -75,9 +75,9 @@ def test_every_cheap_loss_reaches_all_pixels_at_float32() -> None:
 
 def test_floats_must_be_in_the_unit_range() -> None:
     sr = torch.rand(1, 3, 4, 4)
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\], but is in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], but it is in \[-1, 1\]"):
         Criterion({"l1": 1.0})(sr, torch.tensor([-1.0, 1.0] * 24).view(1, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"but is in \[0, 255\]"):
+    with pytest.raises(ValueError, match=r"but it is in \[0, 255\]"):
         Criterion({"l1": 1.0})(sr, torch.tensor([0.0, 255.0] * 24).view(1, 3, 4, 4))
 
 
@@ -86,7 +86,7 @@ def test_floats_must_be_in_the_unit_range() -> None:
     [
         ({}, "at least one loss is needed; choose from l1, mse"),
         ({"charbonier": 1.0}, "no loss named 'charbonier'; did you mean 'charbonnier'"),
-        ({"l1": 0}, "the weight of 'l1' is 0, it must be a number above 0"),
+        ({"l1": 0}, "the weight of 'l1' is 0, but must be a number above 0"),
         ({"l1": -1.0}, "the weight of 'l1' is -1.0"),
         ({"l1": float("nan")}, "the weight of 'l1' is nan"),
         ({"l1": float("inf")}, "the weight of 'l1' is inf"),

@@ -360,7 +360,7 @@ def test_a_network_that_unshuffles_first_needs_no_channels(space):
             {"arch": "SwinIR", **TINY["SwinIR"], "upsampler": ""},
             "does not upscale by 2; choose its upsampler",
         ),
-        ({"arch": "SPAN", "num_in_ch": 1}, "1 channels in"),
+        ({"arch": "SPAN", "num_in_ch": 1}, "1 input and"),
     ],
 )
 def test_bad_values_are_one_clear_line(params, message):
