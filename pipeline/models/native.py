@@ -1,4 +1,4 @@
-"""Builds and calls our C++ kernel (`depthwise.cpp`), compiled for this processor on first use.
+"""Build and call our C++ kernel (`depthwise.cpp`), compiled for this processor on first use.
 
 Compiling takes about a second. The library is stored where torch and DeepSpeed keep compiled
 extensions (TORCH_EXTENSIONS_DIR, or the user's cache), in a folder named after the source, the

@@ -1,9 +1,10 @@
-"""Networks of the spandrel library, for training and reading; programs that use spandrel open them.
+"""Networks of the spandrel library, for training and reading.
 
-spandrel (https://github.com/chaiNNer-org/spandrel) contains the field's super-resolution
-architectures and recognises a network from its tensors alone. Its code is MIT; each architecture
-has its own licence, and those of `ARCHITECTURES` are all permissive (MIT, Apache-2.0, BSD-3-Clause,
-CC0). Papers and parameters are in its source, `spandrel/architectures/<name>/`.
+Their files open in every program that uses spandrel (https://github.com/chaiNNer-org/spandrel),
+which contains the field's super-resolution architectures and recognises a network from its tensors
+alone. Its code is MIT; each architecture has its own licence, and those of `ARCHITECTURES` are all
+permissive (MIT, Apache-2.0, BSD-3-Clause, CC0). Papers and parameters are in its source,
+`spandrel/architectures/<name>/`.
 """
 
 from __future__ import annotations
@@ -132,10 +133,11 @@ def class_of(arch: str, scale: int) -> type[nn.Module]:
 
 @functools.cache
 def folding(convolution: type[nn.Module]) -> type[nn.Module]:
-    """Return SPAN's `Conv3XC` without its side effect; it folds to one convolution for inference.
+    """Return SPAN's `Conv3XC` without its side effect.
 
-    The original replaces the folded weights in every forward pass. Under `torch.inference_mode`, as
-    in validation, these can never be changed again, and their average cannot be kept. Here they are
+    Its three convolutions and its skip fold into one convolution for inference. The original
+    replaces the folded weights in every forward pass. Under `torch.inference_mode`, as in
+    validation, these can never be changed again, and their average cannot be kept. Here they are
     updated when they are saved.
     """
 

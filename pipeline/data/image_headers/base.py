@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 MAX_METADATA = 1 << 24  # bytes of EXIF, XMP or ICC data that are read
-_FAR = 1 << 62  # offsets beyond this cannot be seeked to
+_FAR = 1 << 62  # larger offsets count as beyond the end of the file
 
 Read = Callable[[int, int], bytes]
 """(offset, count) -> up to `count` bytes from `offset`; fewer at the end of the file."""

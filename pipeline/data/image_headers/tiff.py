@@ -70,7 +70,7 @@ def _parse(read: Read) -> ImageHeader:
             f"{', '.join(map(str, _DEPTHS[kind]))} bits are read: save it with 8 or 16"
         )
     turned = tags.get(274, (1,))[0]
-    # Otherwise, DALI fails for some tile sizes.
+    # Other tiled TIFFs fail in DALI for some tile sizes.
     is_easy = 322 not in tags or (planes == 1 and turned == 1)
     is_common = depth == 8 and (kind, channels) in ((1, 1), (2, 3)) and 338 not in tags
     return ImageHeader(
