@@ -121,7 +121,7 @@ def _library() -> ctypes.CDLL:
         None,
     )
     if compiler is None:
-        raise NotBuiltError("no C++ compiler found (Debian: apt install g++)")
+        raise NotBuiltError("there is no C++ compiler (Debian: apt install g++)")
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except subprocess.CalledProcessError as error:
@@ -129,7 +129,7 @@ def _library() -> ctypes.CDLL:
             line for line in error.stderr.splitlines() if "error" in line
         ] or error.stderr.splitlines()
         raise NotBuiltError(
-            f"{compiler} failed to compile it: {' '.join(lines[:1])[:200]}"
+            f"{compiler} failed to compile the kernel: {' '.join(lines[:1])[:200]}"
         ) from error
     except (OSError, subprocess.TimeoutExpired) as error:  # errors of the linker or the disk
         raise NotBuiltError(" ".join(str(error).split())[:200]) from error
@@ -248,4 +248,4 @@ def _check(library: ctypes.CDLL) -> None:
         for one, other in pairs
         if one is not None
     ):
-        raise NotBuiltError("its results differ from PyTorch's")
+        raise NotBuiltError("the compiled kernel's results differ from PyTorch's")

@@ -294,7 +294,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
         (
             'test "$1" = --version && echo broken 1.0 && exit 0; echo "source.cpp:1: error: no '
             'such machine" >&2; exit 1',
-            "failed to compile it: source.cpp:1: error: no such machine",
+            "failed to compile the kernel: source.cpp:1: error: no such machine",
         ),
         (
             'test "$1" = --version && echo empty 1.0 && exit 0; for last; do :; done; echo nothing '
@@ -314,14 +314,16 @@ def test_a_compiler_that_fails_is_a_reason(tmp_path, text, reason):
 
 def test_without_a_compiler_the_way_out_is_named(tmp_path):
     answer, _ = ask(tmp_path, CXX="", PATH=str(tmp_path)).communicate(timeout=120)
-    assert answer == "no C++ compiler found (Debian: apt install g++)\n"
+    assert answer == "there is no C++ compiler (Debian: apt install g++)\n"
 
 
 @needs_native
 def test_a_library_that_computes_something_else_is_refused(monkeypatch):
     right = native.forward
     monkeypatch.setattr(native, "forward", lambda *arguments: 1.001 * right(*arguments))
-    assert native.why_not_native.__wrapped__() == "its results differ from PyTorch's"
+    assert (
+        native.why_not_native.__wrapped__() == "the compiled kernel's results differ from PyTorch's"
+    )
 
 
 @needs_native

@@ -91,13 +91,13 @@ def test_without_a_compiler_pytorch_computes_and_the_run_says_why(
     dataset: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(
-        native, "why_not_native", lambda: "no C++ compiler found (Debian: apt install g++)"
+        native, "why_not_native", lambda: "there is no C++ compiler (Debian: apt install g++)"
     )
     kernel, remark = setup._kernel(plan_of(dataset), network(), 2, None, Ranks())
     assert kernel == "torch"
     assert remark == (
-        "depthwise convolutions: PyTorch's kernel, slower than our C++ kernel: no C++ compiler "
-        "found (Debian: apt install g++)"
+        "depthwise convolutions: PyTorch's kernel, slower than our C++ kernel: there is no C++ "
+        "compiler (Debian: apt install g++)"
     )
     kernel, remark = setup._kernel(
         plan_of(dataset), network(), 2, Progress(kernel="native"), Ranks()
