@@ -81,40 +81,49 @@ def discriminator_loss(loss: AdversarialLoss, real: Tensor, fake: Tensor, labels
 
 
 def vanilla_generator(fake: Tensor, real: Tensor | None) -> Tensor:
+    """Non-saturating loss: softplus(-fake), the mean."""
     return F.softplus(-fake).mean()
 
 
 def vanilla_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
+    """Cross-entropy of real and fake logits with their labels, the mean of both."""
     return (_cross_entropy(real, labels.real) + _cross_entropy(fake, labels.fake)) / 2
 
 
 def least_squares_generator(fake: Tensor, real: Tensor | None) -> Tensor:
+    """Squared distance of the fake logits to 1, the mean."""
     return (fake - 1).square().mean()
 
 
 def least_squares_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
+    """Squared distance of the logits to their labels, the mean of real and fake."""
     return ((real - labels.real).square().mean() + (fake - labels.fake).square().mean()) / 2
 
 
 def hinge_generator(fake: Tensor, real: Tensor | None) -> Tensor:
+    """Negative mean of the fake logits."""
     return -fake.mean()
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
+    """Hinge loss with margin 1, the mean of real and fake."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def relativistic_generator(fake: Tensor, real: Tensor | None) -> Tensor:
+    """softplus(real - fake) of each pair, the mean."""
     assert real is not None
     return F.softplus(real - fake).mean()
 
 
 def relativistic_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
+    """Cross-entropy of real - fake of each pair."""
     # One comparison per pair: the target is the difference of the two labels.
     return _cross_entropy(real - fake, labels.real - labels.fake)
 
 
 def relativistic_average_generator(fake: Tensor, real: Tensor | None) -> Tensor:
+    """Cross-entropy of each side's logits minus the other side's mean, with swapped labels."""
     assert real is not None
     ones = torch.ones_like(fake)
     return (
@@ -123,6 +132,7 @@ def relativistic_average_generator(fake: Tensor, real: Tensor | None) -> Tensor:
 
 
 def relativistic_average_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
+    """The vanilla loss of each side's logits minus the other side's mean."""
     return vanilla_discriminator(real - fake.mean(), fake - real.mean(), labels)
 
 

@@ -49,9 +49,11 @@ class Options:
     averaged weights). Needs no dataset and no GPU. Multiply-adds (MACs) count the convolutions and
     matrix products for one HR image of size --hr, as in papers; a FLOP count is twice as high.
 
-    Examples: python -m pipeline.models.info vapsr_x4 generator.num_blocks=11
+    For example:
 
-    python -m pipeline.models.info runs/demo --json
+        python -m pipeline.models.info vapsr_x4 generator.num_blocks=11
+
+        python -m pipeline.models.info runs/demo --json
     """
 
     target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE|FILE|RUN")]

@@ -190,6 +190,7 @@ def _check_kinds(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Format dtypes for messages, e.g. "float16, float32"."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
