@@ -18,13 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests run on the CPU, on every machine
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as under `./run_tests.sh &`: what tests start would ignore it
+# as under `./run_tests.sh &`: what tests start would ignore it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if (
-    workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-) > 1:  # more threads than cores: they wait
+# more threads than cores: they wait
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 

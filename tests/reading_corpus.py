@@ -509,9 +509,8 @@ def other_cases() -> Iterator[tuple[str, Case]]:
     ):
         most, inexact = (1 << bits) - 1, "" if bits == 8 else f"{bits} bits"
         for name, colors in (("rgb", values), ("gray", values[..., :1])):
-            tone = (
-                colors if bits == 8 else srgb_tone(colors / most) * most
-            )  # imagecodecs marks deep ones as linear
+            # imagecodecs marks deep ones as linear
+            tone = colors if bits == 8 else srgb_tone(colors / most) * most
             content = imagecodecs.jpegxl_encode(
                 np.squeeze(colors), lossless=True, bitspersample=bits
             )
@@ -544,9 +543,10 @@ def other_cases() -> Iterator[tuple[str, Case]]:
 
 # Colour profiles, applied and undone by the formulas of ICC's matrix profiles and of sRGB.
 
+# to XYZ D50
 ADOBE = np.array(
     [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
-)  # to XYZ D50
+)
 SRGB = np.array(
     [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
 )

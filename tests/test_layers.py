@@ -186,9 +186,10 @@ def units_of(module: str) -> set[str]:
     file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
     if module.split(".")[0] not in ("pipeline", "tools", "launch") or not file.exists():
         return set()
+    # a docstring
     is_empty = (
         file.name == "__init__.py" and len(ast.parse(file.read_text(encoding="utf-8")).body) <= 1
-    )  # a docstring
+    )
     return set() if is_empty else {unit_of(file)}
 
 

@@ -12,14 +12,8 @@ import numpy as np
 from dataset_corpus import photograph
 
 TESTSRC = ["-f", "lavfi", "-i", "testsrc2=size=320x240:rate=25:duration=4"]
-MOVING = [
-    "-f",
-    "lavfi",
-    "-i",
-    "mandelbrot=size=320x240:rate=25",
-    "-t",
-    "4",
-]  # every frame another picture
+# every frame another picture
+MOVING = ["-f", "lavfi", "-i", "mandelbrot=size=320x240:rate=25", "-t", "4"]
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", "veryfast", "-g", "40", "-bf", "3"]
 H265 = [
     "-c:v",

@@ -109,10 +109,8 @@ def make_demo_dataset(out: Path) -> DemoDataset:
         _write(
             (held_out / photograph.name).with_suffix(".png"), _held_out_png(contents[photograph])
         )
-    gates = {
-        "min_gradient": 0,
-        "min_sharpness": 0,
-    }  # six photographs are too few to reject any part of them
+    # six photographs are too few to reject any part of them
+    gates = {"min_gradient": 0, "min_sharpness": 0}
     crops = images_to_data.Options(
         photos=photographs, out=dataset / "demo", size=CROP_SIZE, cover=True, **gates
     )

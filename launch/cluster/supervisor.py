@@ -92,9 +92,8 @@ class Supervisor:
     failure: Failure | None = None
     _ranks: list[Rank] = field(default_factory=list)
     _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
-    _launcher_said: deque[str] = field(
-        default_factory=lambda: deque(maxlen=MOST_LINES)
-    )  # about any host
+    # about any host
+    _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
     _launcher_status: int | None = None
     _ssh_ended: str = ""  # the first host whose ssh ended while its ranks were still running
     _speaker: _Speaker = field(default_factory=lambda: _Speaker())

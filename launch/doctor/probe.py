@@ -202,13 +202,10 @@ def _interfaces() -> list[dict[str, Any]]:
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
-            address, flags = (
-                _ask(any_socket, 0x8915, name),
-                _ask(any_socket, 0x8913, name),
-            )  # SIOCGIFADDR, SIOCGIFFLAGS
-            if (
-                address and flags and struct.unpack_from("<H", flags, 16)[0] & 0x41 == 0x41
-            ):  # IFF_UP, IFF_RUNNING
+            # SIOCGIFADDR, SIOCGIFFLAGS
+            address, flags = (_ask(any_socket, 0x8915, name), _ask(any_socket, 0x8913, name))
+            # IFF_UP, IFF_RUNNING
+            if address and flags and struct.unpack_from("<H", flags, 16)[0] & 0x41 == 0x41:
                 found.append(
                     {
                         "name": name,

@@ -44,12 +44,10 @@ class AdversarialLoss:
     them there as True or False.
     """
 
-    generator: Callable[
-        [Tensor, Tensor | None], Tensor
-    ]  # (fake, real) -> loss; real is None unless `sees_real`
-    discriminator: Callable[
-        [Tensor, Tensor, Labels], Tensor
-    ]  # (real, fake, labels) -> mean loss over real and fake samples
+    # (fake, real) -> loss; real is None unless `sees_real`
+    generator: Callable[[Tensor, Tensor | None], Tensor]
+    # (real, fake, labels) -> mean loss over real and fake samples
+    discriminator: Callable[[Tensor, Tensor, Labels], Tensor]
     # Whether the discriminator has a target per sample, which smoothing and noise can change.
     takes_labels: bool
     sees_real: bool  # whether the generator's loss also uses the logits of real images

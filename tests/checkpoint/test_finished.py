@@ -87,9 +87,8 @@ def test_it_is_said_without_importing_anything_heavy(
 
 
 def test_the_usual_way_says_the_same(dataset: Path, copy: Path) -> None:
-    assert (
-        LINE in train(dataset, copy, "steps=3").splitlines()
-    )  # `lives` begins behind the early answer
+    # `lives` begins behind the early answer
+    assert LINE in train(dataset, copy, "steps=3").splitlines()
 
 
 def test_a_run_with_steps_left_is_not_answered(
@@ -139,9 +138,8 @@ def test_damage_goes_the_usual_way(dataset: Path, copy: Path) -> None:
         content = (folder / name).read_bytes()
         for damaged in (content[:-3], content[:40] + bytes([content[40] ^ 1]) + content[41:]):
             (folder / name).write_bytes(damaged)
-            if (
-                name != "MANIFEST.json" or damaged == content[:-3]
-            ):  # a bit of its text may be of no consequence
+            # a bit of its text may be of no consequence
+            if name != "MANIFEST.json" or damaged == content[:-3]:
                 assert not is_answered(dataset, copy, "steps=3")
         (folder / name).write_bytes(content)
     assert is_answered(dataset, copy, "steps=3")

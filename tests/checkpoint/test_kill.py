@@ -74,7 +74,6 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
     assert before > 0
     assert interrupted_saves >= 5
     train(dataset, run_dir, *OVERRIDES)
-    train(
-        dataset, straight, *OVERRIDES, f"save_every={STEPS}"
-    )  # how often it saves does not change what it learns
+    # how often it saves does not change what it learns
+    train(dataset, straight, *OVERRIDES, f"save_every={STEPS}")
     assert checkpoint_differences(straight, run_dir, STEPS) == []

@@ -344,9 +344,8 @@ def test_training_goes_on_and_the_checkpoint_is_of_its_step(
     assert checkpoint_steps(tmp_path / "slow") == [3, 6]
     train(dataset, tmp_path / "straight", "steps=3", *RARE, *extra, procs=procs)
     found = checkpoint_differences(tmp_path / "straight", tmp_path / "slow", 3)
-    assert [
-        name for name in found if name != "state.json"
-    ] == []  # the shorter run ends with a validation
+    # the shorter run ends with a validation
+    assert [name for name in found if name != "state.json"] == []
     train(dataset, tmp_path / "whole", "steps=6", *RARE, *extra, procs=procs)
     assert checkpoint_differences(tmp_path / "whole", tmp_path / "slow", 6) == []
 

@@ -174,9 +174,8 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
     from pipeline.engine.engine import backward_and_step, build_engine
 
     ranks = start_distributed()
-    type(get_accelerator()).is_fp16_supported = lambda self: (
-        True
-    )  # refused on most CPUs, though it works on all
+    # refused on most CPUs, though it works on all
+    type(get_accelerator()).is_fp16_supported = lambda self: True
     torch.manual_seed(0 if come_from is None else 1)
     module = torch.nn.Sequential(
         torch.nn.Conv2d(3, 5, 3), torch.nn.PReLU(), torch.nn.Conv2d(5, 3, 3)

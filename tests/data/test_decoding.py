@@ -596,9 +596,8 @@ def test_decoding_fault_gives_one_readable_line(tmp_path: Path) -> None:
     damaged = bytearray(content("png"))
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "damaged.jpg").write_bytes(damaged)
-    assert (
-        read_encoded(str(tmp_path / "damaged.jpg")).stream.tobytes() == damaged
-    )  # the decoder verifies checksums
+    # the decoder verifies checksums
+    assert read_encoded(str(tmp_path / "damaged.jpg")).stream.tobytes() == damaged
     fault = decoding_fault(str(tmp_path / "damaged.jpg"))
     assert fault.startswith("its PNG data cannot be decoded")
     assert "\n" not in fault

@@ -241,9 +241,8 @@ def test_gaussian_weighs_around_the_centre_of_each_lr_pixel(tmp_path: Path, scal
             slice(at // scale, (at + CROP) // scale) for at in (sample.top, sample.left)
         )
         expected = np.einsum("iy,jx,yxc->ijc", down[rows], right[columns], image, optimize=True)
-        assert (
-            np.abs(undone(pixels, sample) - expected).max() < 0.52
-        )  # rounded; the kernel ends at 4 sigma
+        # rounded; the kernel ends at 4 sigma
+        assert np.abs(undone(pixels, sample) - expected).max() < 0.52
     sigmas = [sample.degradation["sigma"] for sample in crops.samples(0, 2000)]
     assert stats.kstest(sigmas, "uniform", (0.4, 2.6)).pvalue > 1e-3
 
@@ -707,9 +706,8 @@ def test_realesrgan_averages_areas(tmp_path: Path, scale: int, on_host: bool) ->
         )
         ratio = ratios[modes_of(drawn).index("area")]
         averaged, enlarged = averaged + (ratio > 1), enlarged + (ratio < 1)
-        assert value > (
-            45 if ratio >= 1 else 38
-        )  # enlarging is linear, whereas area resizing would repeat pixels
+        # enlarging is linear, whereas area resizing would repeat pixels
+        assert value > (45 if ratio >= 1 else 38)
     assert averaged > 1
     assert enlarged > 0
 
@@ -992,9 +990,8 @@ def test_gaussian_at_the_limits_of_its_recipe(tmp_path: Path, sigma: float, scal
     if sigma == 20:
         assert_plausible(hr, lr, scale, 0.3)
         return
-    for sample, one, other in zip(
-        samples, hr, lr, strict=True
-    ):  # the one or four pixels at each centre
+    # the one or four pixels at each centre
+    for sample, one, other in zip(samples, hr, lr, strict=True):
         assert not sample.transpose
         first, last = (scale - 1) // 2, scale // 2
         nearest = np.mean(

@@ -167,9 +167,8 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
     pipeline = training_pipeline(
         crops, 0, device_id=0, threads=2, prefetch=2, decodes_on_gpu=decodes_on_gpu
     )
-    assert (
-        pipeline.exec_dynamic
-    )  # so that outputs can be requested on a stream and live as long as they are held
+    # so that outputs can be requested on a stream and live as long as they are held
+    assert pipeline.exec_dynamic
     made = operators(pipeline)
     decoders = [one for one in made if one.name.startswith("decoders__")]
     sides = 1 + crops.spec.degradation.reads_lr

@@ -120,9 +120,8 @@ def test_lr_is_the_cubic_of_hr_and_turned_with_it(tmp_path: Path, scale: int) ->
         )
     reference = cubic_resize(batch.hr.double(), (CROP // scale, CROP // scale)).clamp(0, 255)
     inner = (..., slice(2, -2), slice(2, -2))  # the border also depends on pixels around the crop
-    assert (batch.lr.double() - reference)[
-        inner
-    ].abs().max() < 0.501  # only rounded to the nearest level
+    # only rounded to the nearest level
+    assert (batch.lr.double() - reference)[inner].abs().max() < 0.501
 
 
 def test_every_storage_format_gives_the_same_batches(tmp_path: Path) -> None:
@@ -363,9 +362,8 @@ def test_noise_on_lr_is_drawn_and_leaves_hr_alone(tmp_path: Path) -> None:
     sigmas = np.array([sample.noise_sigma for sample in crops.samples(0, 64)])
     assert 20 < (sigmas > 0).sum() < 44
     for lr, sigma in zip(batch.lr.double(), sigmas, strict=True):
-        assert lr.std().item() == pytest.approx(
-            np.sqrt(sigma**2 + 1 / 12) if sigma else 0, rel=0.1
-        )  # 768 values
+        # 768 values
+        assert lr.std().item() == pytest.approx(np.sqrt(sigma**2 + 1 / 12) if sigma else 0, rel=0.1)
         assert abs(lr.mean().item() - 128) < 4 * max(sigma, 0.01) / np.sqrt(lr.numel())
 
 

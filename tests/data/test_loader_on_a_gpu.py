@@ -234,10 +234,8 @@ def test_where_the_cpu_fails_as_well_the_error_is_told(
         "training_pipeline",
         lambda *_, decodes_on_gpu, **__: built.append(decodes_on_gpu) or Broken(),
     )
-    for suffix, expected in (
-        (".jpg", [True, False]),
-        (".npy", [True]),
-    ):  # .npy files are not decoded
+    # .npy files are not decoded
+    for suffix, expected in ((".jpg", [True, False]), (".npy", [True])):
         built.clear()
         (tmp_path / suffix[1:]).mkdir()
         crops = source(tmp_path / suffix[1:], images(tmp_path / suffix[1:], suffix, count=3))

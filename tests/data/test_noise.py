@@ -197,9 +197,8 @@ def test_poisson_noise_is_that_of_poisson(level: int, z: np.ndarray) -> None:
 
 
 def test_poisson_noise_of_a_photograph(z: np.ndarray) -> None:
-    image = (
-        photograph(4, HEIGHT, WIDTH).astype(np.float32) * 1.1 - 12.27
-    )  # not whole levels, and beyond 0 and 255
+    # not whole levels, and beyond 0 and 255
+    image = photograph(4, HEIGHT, WIDTH).astype(np.float32) * 1.1 - 12.27
     scale = np.float32(2.5)
     noisy, still = ran(
         add_poisson, [image] * 2, [z] * 2, [scale, np.float32(0)], layouts=("HWC", "", "")
@@ -235,9 +234,8 @@ def test_gray_noise_is_the_same_in_all_channels_of_a_sample(z: np.ndarray) -> No
     np.testing.assert_allclose(added, added[..., :1].repeat(3, -1), atol=1e-4)
     counted = np.rint(image.astype(np.float64) @ [0.2989, 0.587, 0.114]) * 256 / 255
     counts = added[..., 0] / scale * 256 / 255 + counted
-    np.testing.assert_allclose(
-        counts, np.rint(counts), atol=5e-3
-    )  # 1/255 where float32 rounds the level differently
+    # 1/255 where float32 rounds the level differently
+    np.testing.assert_allclose(counts, np.rint(counts), atol=5e-3)
     assert ((counts - counted) / counted.clip(1) ** 0.5).var() == pytest.approx(1, abs=0.03)
     (alone,) = ran(add_poisson, [image], [z], [scale], layouts=("HWC", "", ""))
     assert coloured.tobytes() == alone.tobytes()

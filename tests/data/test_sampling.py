@@ -75,17 +75,15 @@ def test_the_eight_symmetries_are_equally_frequent() -> None:
     counts = np.bincount(symmetry, minlength=8)
     assert len(counts) == 8
     chi_square = ((counts - 10_000) ** 2 / 10_000).sum()
-    assert (
-        chi_square < 24.3
-    )  # 0.1% of fair draws exceed this, with 7 degrees of freedom; the seed is fixed
+    # 0.1% of fair draws exceed this, with 7 degrees of freedom; the seed is fixed
+    assert chi_square < 24.3
 
 
 def test_corners_are_uniform_on_the_grid_and_reach_both_ends() -> None:
     fractions = Sampler([10], 3).draw(0, 50_000).top
     places = np.array([anchor(fraction, 101, 64, 2) for fraction in fractions])
-    assert set(places.tolist()) == set(
-        range(0, 38, 2)
-    )  # 36 is the last multiple of 2 with 64 pixels left of 101
+    # 36 is the last multiple of 2 with 64 pixels left of 101
+    assert set(places.tolist()) == set(range(0, 38, 2))
     counts = np.bincount(places // 2)
     assert ((counts - 50_000 / 19) ** 2 / (50_000 / 19)).sum() < 42.3  # 18 degrees of freedom, 0.1%
     assert anchor(2**32 - 1, 64, 64, 2) == 0
@@ -196,9 +194,8 @@ def test_uniforms_are_uniform() -> None:
     counts = np.bincount((numbers.ravel() * 100).astype(int), minlength=100)
     assert ((counts - 1600) ** 2 / 1600).sum() < 148.2  # 99 degrees of freedom, 0.1%
     correlations = np.corrcoef(numbers.T) - np.eye(80)
-    assert (
-        abs(correlations).max() < 0.11
-    )  # of 3160 pairs, each with a standard deviation of 1 / sqrt(2000)
+    # of 3160 pairs, each with a standard deviation of 1 / sqrt(2000)
+    assert abs(correlations).max() < 0.11
 
 
 def test_a_replacement_is_a_pure_function_within_the_folder() -> None:

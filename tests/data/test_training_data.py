@@ -51,11 +51,8 @@ def test_bad_files_are_skipped_counted_and_reported_at_the_end_of_an_epoch(
     root = make_dataset(tmp_path / "data", [f"{i}.png" for i in range(9)])
     for bad in ("2.png", "5.png"):
         (root / bad).write_bytes((root / bad).read_bytes()[:700])
-    skipping = (
-        "data.on_error=skip",
-        "data.max_bad_files=0.5",
-        "steps=4",
-    )  # 16 samples: two epochs of 8
+    # 16 samples: two epochs of 8
+    skipping = ("data.on_error=skip", "data.max_bad_files=0.5", "steps=4")
     done = run(command(root, tmp_path / "run", *skipping, procs=procs))
     assert done.returncode == 0, done.stderr
     report = "replaced samples whose files are bad: 2 (bad files so far: 2)"
@@ -103,9 +100,8 @@ def test_ranks_stop_together_saved_and_with_one_line(tmp_path: Path, on_error: s
     done = run(command(root, tmp_path / "run", "steps=20", f"data.on_error={on_error}", procs=2))
     assert_one_line(done, "truncated" if on_error == "stop" else "2 of 40 files are bad")
     assert checkpoint_steps(tmp_path / "run")[-1] == 7
-    done = run(
-        command(root, tmp_path / "short", "steps=7", f"data.on_error={on_error}")
-    )  # these steps need no bad file
+    # these steps need no bad file
+    done = run(command(root, tmp_path / "short", "steps=7", f"data.on_error={on_error}"))
     assert done.returncode == 0, done.stderr
 
 
@@ -267,9 +263,8 @@ def test_the_hash_of_the_contents_follows_the_manifests(tmp_path: Path) -> None:
         assert known["contents_sha256"] != plain["contents_sha256"]
         assert known["lists_sha256"] == plain["lists_sha256"]
         plain = known
-    (root / "photos/2/x1_0_0.npy").write_bytes(
-        b"damaged"
-    )  # the manifest counts, so a good copy may replace the file
+    # the manifest counts, so a good copy may replace the file
+    (root / "photos/2/x1_0_0.npy").write_bytes(b"damaged")
     assert read_dataset([root]).identity() == plain
 
 

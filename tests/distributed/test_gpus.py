@@ -183,9 +183,8 @@ def test_a_gpu_older_than_torchs_kernels_is_an_error(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert ranks._device(RankInfo(0, 2, 0, "torchrun")) == torch.device("cuda", 0)
-    said = complaint(
-        ranks._device, RankInfo(1, 2, 1, "torchrun")
-    )  # the rank itself reports it: others may be fine
+    # the rank itself reports it: others may be fine
+    said = complaint(ranks._device, RankInfo(1, 2, 1, "torchrun"))
     assert said.startswith("GPU 1 (Tesla V100-SXM2-16GB) has compute capability 7.0, but torch ")
     assert "needs 7.5 or higher" in said
 

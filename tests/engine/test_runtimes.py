@@ -791,9 +791,8 @@ def _rates(
             )
             for _ in range(16):
                 before = engine.module.bias.item()
-                backward_and_step(
-                    engine, engine(torch.ones(1, 2)).sum()
-                )  # each of three gradients is 1
+                # each of three gradients is 1
+                backward_and_step(engine, engine(torch.ones(1, 2)).sum())
                 moves.append(before - engine.module.bias.item())
                 rates.append(engine.get_lr()[0])
             all_rates.append([moves, rates])

@@ -237,9 +237,8 @@ def test_a_wrong_schedule_is_named(section: dict, message: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PARAMS))
 def test_a_right_schedule_is_let_through(name: str) -> None:
-    validate_schedule(
-        {"type": name, "params": {**PARAMS[name], "warmup_num_steps": 1e3}}
-    )  # as YAML reads 1e3
+    # as YAML reads 1e3
+    validate_schedule({"type": name, "params": {**PARAMS[name], "warmup_num_steps": 1e3}})
     for key in {"T_max", "total_iters"} & PARAMS[name].keys():
         section = {"type": name, "params": {**PARAMS[name], key: "auto"}}
         validate_schedule(section)

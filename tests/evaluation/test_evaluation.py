@@ -201,9 +201,10 @@ def test_the_network_and_bicubic_are_measured(tmp_path):
             **dict(zip(DRIFTS, drift, strict=True)),
         }
         expected = measure(sr, hr, 2)
+        # other memory layouts round differently
         assert {name: image.methods["net"][name] for name in expected} == pytest.approx(
             expected, abs=1e-3
-        )  # other memory layouts round differently
+        )
         assert torch.equal(shown.hr, hr)
         assert torch.equal(shown.pixels["bicubic"], bicubic)
         assert (shown.pixels["net"].int() - sr.int()).abs().max() <= 1

@@ -116,6 +116,7 @@ def launched(count: int, launcher: str) -> list[str]:
             str(count),
             EVALUATE,
         ]
+    # {"localhost": [0, 1]}
     return [
         warm.python(),
         "-m",
@@ -127,7 +128,7 @@ def launched(count: int, launcher: str) -> list[str]:
         "--master_port",
         "29417",
         EVALUATE,
-    ]  # {"localhost": [0, 1]}
+    ]
 
 
 @pytest.mark.parametrize(("count", "launcher"), [(3, "--procs"), (2, "torchrun"), (2, "deepspeed")])

@@ -376,9 +376,8 @@ def test_a_network_file_is_a_model(
     assert_near(found, expected, deep_levels=deep_levels)
     assert "(file used unchanged" in told
     assert ("uint8: of 16-bit pictures it sees 8 bits" in told) == (name == "bytes.onnx")
-    assert {path.suffix for path in alone.iterdir()} == {
-        ".json"
-    }  # what was found out; nothing was converted
+    # what was found out; nothing was converted
+    assert {path.suffix for path in alone.iterdir()} == {".json"}
 
 
 def foreign(path, *, height="height", width="width", white=1.0, multiple=1, **change):

@@ -515,6 +515,7 @@ def test_the_first_of_several_pictures_in_a_file_is_upscaled(tmp_path, capsys, c
 def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
     Image.fromarray(picture(2, 9000)).save(tmp_path / "long.png")
     Image.fromarray(picture(8, 8)).save(tmp_path / "short.png")
+    # WebP allows at most 16383 pixels
     status, stdout, err = run(
         capsys,
         tmp_path / "long.png",
@@ -525,7 +526,7 @@ def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, capsys, cubic):
         "webp",
         "--model",
         cubic,
-    )  # WebP allows at most 16383 pixels
+    )
     assert (status, "upscaled: 1 of 2" in stdout) == (1, True)
     assert err.startswith(f"failed: {tmp_path / 'long.png'}: ")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["short.webp"]

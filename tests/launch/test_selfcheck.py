@@ -131,11 +131,8 @@ def test_limits_are_kept_or_not(tmp_path: Path) -> None:
         ("machine.broken", False),
         ("machine.absent", None),
     ]
-    assert [check.value for check in found[2:5]] == [
-        "nan",
-        "inf",
-        "-inf",
-    ]  # JSON cannot express these as numbers
+    # JSON cannot express these as numbers
+    assert [check.value for check in found[2:5]] == ["nan", "inf", "-inf"]
     assert found[7].note == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert found[8].note == "skipped: no such library"
 

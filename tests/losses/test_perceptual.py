@@ -189,9 +189,8 @@ def test_gradients_reach_the_network_and_nothing_else(weights) -> None:
     assert (sr.grad != 0).float().mean() > 0.9
     with torch.no_grad():
         assert loss(hr, hr).item() == 0
-        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(
-            sr, hr
-        )  # the gradient points to larger distances
+        # the gradient points to larger distances
+        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(sr, hr)
 
 
 def test_bytes_and_floats_are_the_same_image(weights) -> None:

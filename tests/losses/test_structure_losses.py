@@ -176,9 +176,8 @@ def test_the_spectrum_loss_is_its_definition(height, width) -> None:
 
 
 def test_total_variation_by_hand() -> None:
-    sr = torch.tensor(
-        [[[[0.0, 0.5, 1.0], [0.25, 0.5, 0.25]]]]
-    )  # down: .25, 0, -.75; across: .5, .5, .25, -.25
+    # down: .25, 0, -.75; across: .5, .5, .25, -.25
+    sr = torch.tensor([[[[0.0, 0.5, 1.0], [0.25, 0.5, 0.25]]]])
     down, across = (0.0625 + 0.5625) / 3, (0.25 + 0.25 + 0.0625 + 0.0625) / 4
     assert TotalVariation()(sr, sr).item() == pytest.approx(2 * (down + across))
     assert TotalVariation("l1")(sr, sr).item() == pytest.approx(1 / 3 + 1.5 / 4)

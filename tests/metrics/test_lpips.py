@@ -160,9 +160,8 @@ def test_the_loss_is_the_mean_and_reaches_sr_alone(squeeze) -> None:
     assert torch.isfinite(sr.grad).all()
     assert (sr.grad != 0).float().mean() > 0.9
     with torch.no_grad():
-        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(
-            sr, hr
-        )  # the gradient points to larger distances
+        # the gradient points to larger distances
+        assert loss(sr - 0.01 / sr.grad.norm() * sr.grad, hr) < loss(sr, hr)
 
 
 def test_the_gradient_is_finite_where_a_pixel_has_no_features(squeeze, tmp_path) -> None:

@@ -62,9 +62,8 @@ def test_every_kind_of_colour_survives_the_round_trip(space):
     for images in (everywhere, darkest, torch.rand(1, 3, 64, 64), overshooting):
         assert (to_rgb(to_space(images)) - images).abs().max() < 5e-5  # a hundredth of a level
     assert to_space(darkest.half()).dtype == torch.float32
-    assert (
-        to_rgb(to_space(everywhere.double())) - everywhere
-    ).abs().max() < 5e-6  # of the published digits
+    # of the published digits
+    assert (to_rgb(to_space(everywhere.double())) - everywhere).abs().max() < 5e-6
 
 
 def test_ycbcr_is_that_of_jpeg():

@@ -386,9 +386,8 @@ def test_frozen_normalises_by_the_batch_as_in_training():
     assert torch.equal(judged, network(images))
     assert (judged - evaluated).abs().max() > 1e-3
     with frozen(network.eval()):
-        assert not torch.equal(
-            network(images), judged
-        )  # eval mode uses the running statistics as usual
+        # eval mode uses the running statistics as usual
+        assert not torch.equal(network(images), judged)
 
 
 @pytest.mark.parametrize("kind", ["vgg", "unet"])

@@ -475,10 +475,8 @@ def test_spandrel_opens_our_files_and_computes_the_same(
         safetensors.torch.save_file(network.state_dict(), path)
     opened = spandrel_model(path)
     assert (opened.architecture.id, opened.scale, opened.input_channels) == (architecture, scale, 3)
-    for height, width in (
-        (12, 16),
-        (13, 15),
-    ):  # the second must be padded to be unshuffled at x1 and x2
+    # the second must be padded to be unshuffled at x1 and x2
+    for height, width in ((12, 16), (13, 15)):
         images = torch.rand(2, 3, height, width)
         with torch.inference_mode():
             torch.testing.assert_close(
@@ -527,9 +525,8 @@ def test_batch_norm_keeps_float32_statistics_beside_half_weights(weights):
     torch.manual_seed(0)
     norm, plain = BatchNorm2d(4), torch.nn.BatchNorm2d(4)
     for parameter in norm.parameters():
-        parameter.data = parameter.data.to(
-            weights
-        )  # as in DeepSpeed: the parameters, not the buffers
+        # as in DeepSpeed: the parameters, not the buffers
+        parameter.data = parameter.data.to(weights)
     features = (torch.randn(8, 4, 6, 6) * 3 + 1).to(weights)
     for _ in range(3):
         found, expected = norm(features), plain(features.float())

@@ -239,9 +239,8 @@ def test_the_command_prints_an_aligned_table():
     assert lines[0] == "generator of recipe vapsr_x4: vapsr x4"
     table = lines[2 : lines.index("", 3)]
     assert table[0].split() == ["layer", "type", "output", "parameters", "MMACs"]
-    assert (
-        len({line.rindex(line.split()[2]) for line in table}) == 1
-    )  # a column starts at one position
+    # a column starts at one position
+    assert len({line.rindex(line.split()[2]) for line in table}) == 1
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["conv_first", "Conv2d", "48x180x320", "1,344", "74.6"]
     assert "parameters       342,220" in lines

@@ -158,9 +158,8 @@ def test_spandrel_and_our_own_network_agree(tmp_path, arch, ours):
 @pytest.mark.parametrize("arch", {**TINY, **OTHERS})
 def test_every_architecture_learns(arch, dtype):
     network = tiny(arch)
-    for (
-        parameter
-    ) in network.parameters():  # buffers stay in float32, as in trainers that cast only parameters
+    # buffers stay in float32, as in trainers that cast only parameters
+    for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     lr = images_of(2, 3, 19, 16)
     before = lr.clone()

@@ -534,9 +534,8 @@ def test_foreign_files_load_strictly(tmp_path, kind, dtype):
     assert (found.name, found.scale) == (name, scale)
     built = found.build().state_dict()
     assert len(built) == len(state)
-    for ours, theirs in zip(
-        found.state_dict, state, strict=True
-    ):  # the order stays, only names change
+    # the order stays, only names change
+    for ours, theirs in zip(found.state_dict, state, strict=True):
         assert torch.equal(built[ours], state[theirs].to(built[ours].dtype))
 
 

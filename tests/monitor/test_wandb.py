@@ -20,9 +20,8 @@ from conftest import ROOT, command, environment
 from lives import train
 from pipeline.monitor.wandb_tracker import WandbTracker
 
-if (
-    importlib.util.find_spec("wandb") is None
-):  # its import takes seconds, which only the tests here shall spend
+# its import takes seconds, which only the tests here shall spend
+if importlib.util.find_spec("wandb") is None:
     pytest.skip("wandb is not installed", allow_module_level=True)
 
 

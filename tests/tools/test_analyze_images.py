@@ -96,9 +96,8 @@ def test_mean_and_deviation_are_those_of_all_pixels(threads: int, tmp_path: Path
 
 
 def test_histograms_are_exact_beyond_what_float32_counts() -> None:
-    pixels = np.full(
-        (4200, 4200, 3), 7, np.uint8
-    )  # 17.6 million equal pixels; float32 is exact up to 16.8 million
+    # 17.6 million equal pixels; float32 is exact up to 16.8 million
+    pixels = np.full((4200, 4200, 3), 7, np.uint8)
     pixels[0, 0] = 8
     counts = histograms(pixels)
     assert counts[:, 7].tolist() == [4200 * 4200 - 1] * 3
@@ -110,10 +109,8 @@ def test_histograms_are_exact_beyond_what_float32_counts() -> None:
 
 def test_moments_do_not_cancel() -> None:
     counts = [0] * 256
-    counts[254], counts[255] = (
-        10**15,
-        1,
-    )  # one pixel in 10^15: any floating-point sum of squares would lose it
+    # one pixel in 10^15: any floating-point sum of squares would lose it
+    counts[254], counts[255] = (10**15, 1)
     mean, std = moments(counts)
     assert mean == pytest.approx(254 + 1e-15, abs=1e-13)
     assert std == pytest.approx(10**-7.5, rel=1e-9)

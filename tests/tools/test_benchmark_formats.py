@@ -90,11 +90,8 @@ def test_the_loader_is_the_trainings_own(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     numbers = json.loads((tmp_path / "out.json").read_text())
-    assert numbers["loader"] == {
-        "crop": 80,
-        "micro_batch": 3,
-        "device_id": None,
-    }  # the largest that the images allow
+    # the largest that the images allow
+    assert numbers["loader"] == {"crop": 80, "micro_batch": 3, "device_id": None}
     assert all(row["loader"]["wall"] > 0 for row in numbers["formats"])
     assert "fastest to train from" in result.stdout
 

@@ -566,9 +566,8 @@ def plain_files() -> dict[str, bytes]:
     """Images that the checker decodes with the fast decoders and not with DALI."""
     pixels = photograph(70, 91)
     gray, profile = pixels[..., 0], PngImagePlugin.PngInfo()
-    profile.add(
-        b"gAMA", (100_000).to_bytes(4, "big")
-    )  # decoders that apply it would change every pixel
+    # decoders that apply it would change every pixel
+    profile.add(b"gAMA", (100_000).to_bytes(4, "big"))
     return {
         "rgb.png": encoded(pixels, "png"),
         "gray.png": encoded(gray, "png"),

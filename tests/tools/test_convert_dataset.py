@@ -90,11 +90,12 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def pixels_of(folder: Path, form: str) -> dict[str, np.ndarray]:
+    # the folder of a photo is called a.png
     return {
         path.relative_to(folder).with_suffix("").as_posix(): decode_file(path)
         for path in folder.rglob(f"*.{form}")
         if path.is_file()
-    }  # the folder of a photo is called a.png
+    }
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -336,9 +337,8 @@ def test_an_equal_time_does_not_make_new_pixels_the_old_ones(tmp_path: Path) -> 
     assert result.returncode == 1, result.stdout
     assert "not converted: a.npy: " in result.stdout
     assert "exists with other pixels" in result.stdout
-    assert [path.name for path in (tmp_path / "in").iterdir()] == [
-        "a.npy"
-    ]  # b was compared and removed
+    # b was compared and removed
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "in/a.npy"), photograph(50, 50, 3))
     assert_same(
         pixels_of(tmp_path / "out", "webp"),

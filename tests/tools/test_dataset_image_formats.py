@@ -143,9 +143,8 @@ def test_a_file_far_larger_than_its_pixels_is_refused_unread(form: str, tmp_path
     os.truncate(tmp_path / "sparse.png", 3 << 40)
     with pytest.raises(BadImageError, match="40x50"):
         decode_file(tmp_path / "sparse.png")
-    (tmp_path / "notes.png").write_bytes(
-        encoded(photograph(40, 50), form) + bytes(1 << 20)
-    )  # e.g. a thumbnail
+    # e.g. a thumbnail
+    (tmp_path / "notes.png").write_bytes(encoded(photograph(40, 50), form) + bytes(1 << 20))
     np.testing.assert_equal(decode_file(tmp_path / "notes.png").shape, (40, 50, 3))
 
 

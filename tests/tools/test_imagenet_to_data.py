@@ -204,9 +204,8 @@ def test_the_rest_goes_on_after_damage(train, tmp_path):
     assert "corrupt header" in found["t.tar/b.tar"][1]
     assert "truncated within c.tar" in found["t.tar"][1]
     assert "rejected t.tar: it is truncated" in result.stdout
-    before = stamped_tree(
-        tmp_path / "out/t.tar"
-    )  # reported again by the second run, because nothing was repaired
+    # reported again by the second run, because nothing was repaired
+    before = stamped_tree(tmp_path / "out/t.tar")
     result = run_tool(
         "imagenet_to_data", tmp_path / "t.tar", train, "--out", tmp_path / "out", *PLAIN
     )
@@ -377,9 +376,8 @@ def test_changed_archives_are_cut_anew_others_stay(train, tmp_path):
     write_files(tmp_path, {"b.tar": tar({"x.jpg": jpeg(120, 160, 1), "y.jpg": jpeg(120, 160, 2)})})
     out = tmp_path / "out"
     assert run_tool("imagenet_to_data", tmp_path / "b.tar", "--out", out, *PLAIN).returncode == 0
-    result = run_tool(
-        "imagenet_to_data", train, "--out", out, *PLAIN
-    )  # an archive may be added later
+    # an archive may be added later
+    result = run_tool("imagenet_to_data", train, "--out", out, *PLAIN)
     assert "12 photos cut into 12 crops" in result.stdout
     before = stamped_tree(out)
     write_files(tmp_path, {"b.tar": tar({"x.jpg": jpeg(120, 160, 3), "z.jpg": jpeg(120, 160, 4)})})

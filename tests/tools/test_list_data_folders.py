@@ -242,9 +242,8 @@ def test_hostile_names(tmp_path):
     write_files(tmp_path, {f"{name}/{name}": encoded(photograph(20, 20), "png") for name in names})
     result = run_tool("list_data_folders", "--data-dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (
-        len(result.stdout.splitlines()) == 1 + len(names) + 1 + 1
-    )  # head, sources, total, one warning: no lists
+    # head, sources, total, one warning: no lists
+    assert len(result.stdout.splitlines()) == 1 + len(names) + 1 + 1
     assert "\x1b" not in result.stdout
     assert {source["folder"] for source in listed(tmp_path)["sources"]} == set(names)
 

@@ -89,9 +89,8 @@ def test_each_curve_leaves_its_colour_where_its_values_are() -> None:
     log = [{"event": "train", "step": step, "loss": 1.0} for step in range(0, 100, 10)]
     picture = draw({"a": log}, PANELS[:1], 1, "png")
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
-    blue = (
-        np.abs(pixels - np.array([0x1F, 0x77, 0xB4])).max(axis=-1) < 40
-    )  # matplotlib's first colour
+    # matplotlib's first colour
+    blue = np.abs(pixels - np.array([0x1F, 0x77, 0xB4])).max(axis=-1) < 40
     rows = np.flatnonzero(blue.any(axis=1))
     assert len(rows) > 0
     assert rows.max() - rows.min() < 5, "a constant is a level line"

@@ -167,9 +167,8 @@ def test_single_samples_are_large_and_replay_exactly(data: Path) -> None:
     picture = sheet_of(data, "one.png")
     assert picture.shape[1] == 2 * 768 + 4 + 2 * GAP
     (pair,) = pairs_of(data, [9], *DEGRADED)
-    top = next(
-        row for row in range(len(picture)) if (picture[row, GAP:-GAP] != 255).mean() > 0.8
-    )  # below the title
+    # below the title
+    top = next(row for row in range(len(picture)) if (picture[row, GAP:-GAP] != 255).mean() > 0.8)
     np.testing.assert_array_equal(picture[top : top + 768, GAP:-GAP], side_by_side(pair, 2, 768))
 
 

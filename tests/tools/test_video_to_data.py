@@ -347,12 +347,8 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
     assert "MP4 does not support its video codec, vp8" in result.stdout
     assert "cut.mkv: truncated: " in result.stdout
     assert "a.mkv: dropped: subtitle" in result.stdout
-    assert {*tree(folder)} == {
-        *sources,
-        "a.mp4",
-        "deep/b.mp4",
-        "taken.mp4",
-    }  # no half-written files
+    # no half-written files
+    assert {*tree(folder)} == {*sources, "a.mp4", "deep/b.mp4", "taken.mp4"}
     assert (folder / "taken.mp4").read_bytes() == b"mine"
     assert {name: tree(folder)[name] for name in sources} == sources
     for before, after in (("a.mkv", "a.mp4"), ("deep/b.MKV", "deep/b.mp4")):
@@ -386,9 +382,8 @@ def test_a_still_background_is_stored_once(tmp_path: Path) -> None:
     background, frames = still(5, 256, 512), []
     for step in range(60):
         frame = background.copy()
-        frame[20:120, 4 * step : 4 * step + 100] = still(
-            6, 100, 100
-        )  # moves only through the upper half
+        # moves only through the upper half
+        frame[20:120, 4 * step : 4 * step + 100] = still(6, 100, 100)
         frames.append(frame)
     (tmp_path / "films").mkdir()
     from_pixels(tmp_path / "films" / "fixed.mp4", frames, *H264)
@@ -420,9 +415,8 @@ def test_a_still_background_is_stored_once(tmp_path: Path) -> None:
         0,
     )
     assert result.returncode == 0, result.stdout
-    shutil.rmtree(
-        out / "fixed.mp4" / sorted(os.listdir(out / "fixed.mp4"))[-1]
-    )  # the last segment is lost
+    # the last segment is lost
+    shutil.rmtree(out / "fixed.mp4" / sorted(os.listdir(out / "fixed.mp4"))[-1])
     before = set(tree(out))
     assert run_tool("video_to_data", *arguments, "--out", out).returncode == 0
     assert {record["path"] for record in lines(out / "manifest.jsonl")} == {

@@ -76,9 +76,8 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(
     for image, wanted in zip(shown, expected, strict=True):
         np.testing.assert_array_equal(image, as_array(wanted))
 
-    train(
-        dataset, tmp_path / "plain", "steps=8", "keep=9", "samples=off"
-    )  # as the key was once called
+    # as the key was once called
+    train(dataset, tmp_path / "plain", "steps=8", "keep=9", "samples=off")
     assert not (tmp_path / "plain" / "samples").exists()
     assert checkpoint_differences(tmp_path / "plain", run_dir, 8) == []
 
@@ -107,9 +106,8 @@ def test_named_photographs_are_shown_by_the_first_of_two_ranks(
     )
     assert sorted(sets(run_dir)) == [f"samples/a/step-{step:08d}.png" for step in (0, 3)]
     hr = panels(run_dir / "samples/a/step-00000003.png", (64, 64), 5)[2]
-    np.testing.assert_array_equal(
-        hr, photograph(30, 200, 150)[68:132, 42:106]
-    )  # the middle, even on LR's grid
+    # the middle, even on LR's grid
+    np.testing.assert_array_equal(hr, photograph(30, 200, 150)[68:132, 42:106])
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(dataset: Path, tmp_path: Path) -> None:
@@ -141,9 +139,8 @@ def test_which_pictures_are_shown(listed: Dataset, tmp_path: Path) -> None:
     pair = chosen(listed, f"previews=[{tmp_path / '4.npy'}]", "previews.side=64")[0]
     whole = read_pair(listed.validation[4], 0, load_recipe("demo"))
     assert pair.hr.shape[-2:] == (64, 64)
-    assert torch.equal(
-        pair.lr, whole.lr[..., 2:34, 6:38]
-    )  # LR is made of the whole picture, and cut
+    # LR is made of the whole picture, and cut
+    assert torch.equal(pair.lr, whole.lr[..., 2:34, 6:38])
 
 
 @pytest.mark.parametrize(

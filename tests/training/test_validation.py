@@ -108,9 +108,8 @@ def test_lr_is_made_as_in_training(tmp_path: Path, images: list[str]) -> None:
         cubic_resize(unit_range(pair.hr, torch.float64), (pair.lr.shape[-2], pair.lr.shape[-1]))
         * 255
     )
-    error = (pair.lr.double() - reference.clamp(0, 255)).abs()[
-        ..., 3:-3, 3:-3
-    ]  # edges: repeated, not renormalised
+    # edges: repeated, not renormalised
+    error = (pair.lr.double() - reference.clamp(0, 255)).abs()[..., 3:-3, 3:-3]
     assert error.max() < 0.501
 
 

@@ -189,9 +189,8 @@ class CropDataset:
         self._film_crops = None if distance is None else NearDuplicates(distance)
         self._source_of_sha256: dict[bytes, str] = {}
         self._finished: set[str] = set()
-        self._stale: dict[
-            str, list[CropRecord]
-        ] = {}  # crops of changed sources, until they are cut again
+        # crops of changed sources, until they are cut again
+        self._stale: dict[str, list[CropRecord]] = {}
         self._is_empty = True
         self._stamp_of = stamp_of
         self._repair_manifest(_cleaned(out / REJECTS))

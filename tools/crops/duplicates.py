@@ -87,9 +87,8 @@ class NearDuplicates:
         self.max_distance = max_distance
         self._names: list[str | int] = []
         self._hashes = np.empty((1024, HASH_BYTES // 8), np.uint64)
-        self._levels: list[
-            _Level
-        ] = []  # oldest and largest first; they cover the first `_num_indexed` hashes
+        # oldest and largest first; they cover the first `_num_indexed` hashes
+        self._levels: list[_Level] = []
         self._num_indexed = 0
 
     def __len__(self) -> int:

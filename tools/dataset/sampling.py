@@ -83,9 +83,8 @@ class HashSample(Generic[Item]):
     def __init__(self, size: int, seed: int) -> None:
         """`size`: maximum number of items."""
         self._size, self._salt = size, f"{seed}".encode()[:64]
-        self._heap: list[
-            tuple[int, int, Item]
-        ] = []  # (-rank, -number, item): the first one is replaced next
+        # (-rank, -number, item): the first one is replaced next
+        self._heap: list[tuple[int, int, Item]] = []
         self._number = 0
 
     def add(self, name: str, item: Item) -> None:

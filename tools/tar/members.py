@@ -313,9 +313,8 @@ class Names:
         self._taken: set[int] = set()  # hashes, which take 80 MB less for a million names
         self._folders: set[int] = set()  # that contain a taken name
         self._archives: set[int] = set()
-        self._numbers: dict[
-            int, int
-        ] = {}  # next number to try; otherwise a million equal names would take a day
+        # next number to try; otherwise a million equal names would take a day
+        self._numbers: dict[int, int] = {}
 
     def propose(self, name: str, is_archive: bool = False) -> str:
         """Return a free name like `name`; the same one until `take` is called."""

@@ -240,9 +240,8 @@ def _main_stream(container: InputContainer) -> VideoStream:
         )
     if not stream.time_base:
         raise BadVideoError("its video stream has no time base")
-    context.options = {
-        "max_pixels": str(int(MAX_MEGAPIXELS * 1e6))
-    }  # the size may change within the stream
+    # the size may change within the stream
+    context.options = {"max_pixels": str(int(MAX_MEGAPIXELS * 1e6))}
     return stream
 
 

@@ -752,10 +752,8 @@ def test_a_guard_can_be_ended_before_it_has_begun(run: Run, closed_port: int) ->
     time.sleep(0.5)
     guard.terminate()
     assert guard.communicate(timeout=5) == ("", "")
-    assert guard.returncode in (
-        128 + signal.SIGTERM,
-        -signal.SIGTERM,
-    )  # or before its handler was set
+    # or before its handler was set
+    assert guard.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
     assert not (run.folder / "begun").exists()
 
 

@@ -127,9 +127,8 @@ def test_compressed_archives(tmp_path, pack):
     )
     large = {f"{number}.jpg": np.random.default_rng(number).bytes(1 << 20) for number in range(3)}
     cut = pack(tar(large))
-    members, problems, _ = read(
-        tmp_path, cut[: int(0.9 * len(cut))]
-    )  # bzip2 works in blocks of 900 kB
+    # bzip2 works in blocks of 900 kB
+    members, problems, _ = read(tmp_path, cut[: int(0.9 * len(cut))])
     assert members == {"0.jpg": large["0.jpg"], "1.jpg": large["1.jpg"]}
     assert [problem.name for problem in problems] == [""]
     assert "truncated" in problems[0].reason
@@ -534,9 +533,8 @@ def test_ordinary_compressed_archives_are_no_bombs(tmp_path):
 
 def test_xz_cannot_ask_for_any_memory(tmp_path):
     packed = bytearray(lzma.compress(tar({"a.jpg": JPEG})))
-    assert (
-        packed[14:16] == b"\x21\x01"
-    )  # the LZMA2 filter, whose single byte is the size of its dictionary
+    # the LZMA2 filter, whose single byte is the size of its dictionary
+    assert packed[14:16] == b"\x21\x01"
     packed[16] = 40  # 4 GiB
     packed[20:24] = zlib.crc32(packed[12:20]).to_bytes(4, "little")
     (tmp_path / "a.tar.xz").write_bytes(packed)

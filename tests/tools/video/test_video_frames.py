@@ -96,9 +96,8 @@ def test_segments_together_are_the_whole_video(name: str, tmp_path: Path) -> Non
 def test_edit_list_and_unknown_duration(tmp_path: Path) -> None:
     ffmpeg(*TESTSRC, *H264, tmp_path / "whole.mp4")
     ffmpeg("-ss", 1.3, "-i", tmp_path / "whole.mp4", "-c", "copy", tmp_path / "edited.mp4")
-    (tmp_path / "piped.webm").write_bytes(
-        ffmpeg(*TESTSRC, *VP9, "-f", "webm", "-")
-    )  # no duration, no index
+    # no duration, no index
+    (tmp_path / "piped.webm").write_bytes(ffmpeg(*TESTSRC, *VP9, "-f", "webm", "-"))
     with av.open(tmp_path / "piped.webm") as container:
         assert container.duration is None
     for name in ("edited.mp4", "piped.webm"):
@@ -224,9 +223,8 @@ def test_turned_videos_come_out_upright(turn: list[object], tmp_path: Path) -> N
     raw = ffmpeg(
         "-i", tmp_path / "turned.mp4", "-frames:v", 1, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"
     )
-    expected = np.frombuffer(raw, np.uint8).reshape(
-        info.height, info.width, 3
-    )  # ffmpeg rotates it by itself
+    # ffmpeg rotates it by itself
+    expected = np.frombuffer(raw, np.uint8).reshape(info.height, info.width, 3)
     pixels = sampled(tmp_path / "turned.mp4")[0].pixels
     assert pixels.shape == expected.shape
     at = np.ix_([40, info.height - 40], [40, info.width - 40])
@@ -337,9 +335,8 @@ def test_files_that_are_no_videos(tmp_path: Path) -> None:
 
 
 def test_cover_art_is_not_the_film(tmp_path: Path) -> None:
-    (tmp_path / "cover.png").write_bytes(
-        encoded(photograph(600, 600), "png")
-    )  # larger than the film
+    # larger than the film
+    (tmp_path / "cover.png").write_bytes(encoded(photograph(600, 600), "png"))
     ffmpeg(
         *TESTSRC,
         "-i",
@@ -466,11 +463,8 @@ def test_one_frame_of_a_still_and_one_after_each_cut(tmp_path: Path) -> None:
     )
     path = from_pixels(tmp_path / "a.mp4", frames + [still(1)] * 30, *H264)
     tally = FrameCounts()
-    assert [frame.index for frame in sampled(path, Sampling(), tally=tally)] == [
-        0,
-        60,
-        120,
-    ]  # not still(1) a second time
+    # not still(1) a second time
+    assert [frame.index for frame in sampled(path, Sampling(), tally=tally)] == [0, 60, 120]
     assert tally.dropped["blank"] >= 1
     assert tally.dropped["similar"] >= 5
     assert tally.decoded == 190
