@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Options:
 
 
 def main(options: Options) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's notes for its own developers
     # Imported here, so that --help does not wait for torch.
     from pipeline.evaluation.command import run_evaluation
 
