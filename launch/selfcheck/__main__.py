@@ -20,7 +20,7 @@ import tyro
 from launch.cluster.remote import SYNCED
 from launch.doctor.probe import answer, probe_gpus
 from launch.requirements_missing import pins
-from launch.selfcheck.child import FAIL, PASS, SKIPPED, Found, run_section
+from launch.selfcheck.child import FAIL, PASS, SKIPPED, SectionResult, run_section
 from launch.selfcheck.documents import filled_in, text_of
 from launch.selfcheck.report import ROOT, Check
 from launch.selfcheck.table import SECTIONS, Section
@@ -100,22 +100,22 @@ def choose(only: str) -> list[Section]:
     names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
         if name not in SECTIONS:
-            raise UserError(f"--only {name}: there is no such section{nearest(name, SECTIONS)}")
+            raise UserError(f"--only {name}: unknown section{nearest(name, SECTIONS)}")
     return [section for name, section in SECTIONS.items() if not names or name in names]
 
 
-def check(chosen: list[Section], seconds: float, *, is_small: bool) -> list[Found]:
+def check(chosen: list[Section], seconds: float, *, is_small: bool) -> list[SectionResult]:
     """Run the sections within `seconds` and print each one as it ends."""
     end, scale = time.monotonic() + seconds, seconds / (60 * DEFAULT_MINUTES)
     if len(chosen) < len(SECTIONS):  # fewer sections share the time
         scale *= min(
             4.0, sum(one.seconds for one in SECTIONS.values()) / sum(one.seconds for one in chosen)
         )
-    found: list[Found] = []
+    found: list[SectionResult] = []
     for section in chosen:
         left = end - time.monotonic()
         if left < LEAST_SECONDS:
-            found.append(Found(section.name, SKIPPED, "the time is over; give it more --minutes"))
+            found.append(SectionResult(section.name, SKIPPED, "out of time; raise --minutes"))
         else:
             found.append(
                 run_section(
@@ -129,7 +129,7 @@ def check(chosen: list[Section], seconds: float, *, is_small: bool) -> list[Foun
     return found
 
 
-def table(found: Found) -> str:
+def table(found: SectionResult) -> str:
     """Format the results of a section for people."""
     lines = [
         f"\n{found.name:<12}{found.status:<8}{found.seconds:6.1f} s  "

@@ -26,7 +26,7 @@ PASS, FAIL, SKIPPED = "PASS", "FAIL", "skipped"
 
 
 @dataclass
-class Found:
+class SectionResult:
     """The result of a section."""
 
     name: str
@@ -48,7 +48,7 @@ class Found:
         }
 
 
-def run_section(section: Section, *, share: float, most: float, is_small: bool) -> Found:
+def run_section(section: Section, *, share: float, most: float, is_small: bool) -> SectionResult:
     """Run a section to its end: it should take about `share` seconds and is killed after `most`."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"selfcheck-{section.name}-") as folder:
@@ -90,9 +90,9 @@ def run_section(section: Section, *, share: float, most: float, is_small: bool) 
     return found
 
 
-def _read(name: str, lines: Path) -> Found:
+def _read(name: str, lines: Path) -> SectionResult:
     """Read the checks in a file; the status is "" if it does not say how the section ended."""
-    found = Found(name, "")
+    found = SectionResult(name, "")
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []:
         with suppress(ValueError):  # a line that was cut off when the process was killed
             entry = json.loads(line)
@@ -115,7 +115,7 @@ def _why(status: int | None, most: float, log: Path) -> str:
     if status is None:
         return f"did not end within {most:.0f} s{last}"
     if status < 0:
-        return f"was ended by {signal.Signals(-status).name}{last}"
+        return f"was killed by {signal.Signals(-status).name}{last}"
     return f"ended with status {status}{last}"
 
 

@@ -17,7 +17,7 @@ import pytest
 import warm
 from conftest import ROOT, environment
 from launch.selfcheck import child, documents
-from launch.selfcheck.child import Found, run_section
+from launch.selfcheck.child import SectionResult, run_section
 from launch.selfcheck.documents import filled_in, places, text_of
 from launch.selfcheck.report import Check, Report, SkippedError
 from launch.selfcheck.table import SECTIONS, Section, documented
@@ -144,7 +144,7 @@ def test_limits_are_kept_or_not(tmp_path: Path) -> None:
 def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """section(code) runs the code as the section `machine`, in its process, in a second or two."""
 
-    def play(code: str, most: float = 30.0) -> Found:
+    def play(code: str, most: float = 30.0) -> SectionResult:
         (tmp_path / "sitecustomize.py").write_text(
             "import sys, types\n"
             "module = sys.modules['launch.selfcheck.sections.machine'] = "
@@ -197,7 +197,7 @@ def test_what_is_missing_skips_its_section(section: Any) -> None:
         (
             "import os, signal\ndef run(report):\n    report.number('a', 1, '')\n    "
             "os.kill(os.getpid(), signal.SIGSEGV)\n",
-            "was ended by SIGSEGV",
+            "was killed by SIGSEGV",
         ),
         (
             "def run(report):\n    report.number('a', 1, '')\n    raise MemoryError('no memory is "
@@ -261,7 +261,7 @@ def command(
     [
         (
             ["--only", "machine,enginee"],
-            "error: --only enginee: there is no such section; did you mean 'engine'?\n",
+            "error: --only enginee: unknown section; did you mean 'engine'?\n",
         ),
         (["--minutes", "0"], "error: --minutes 0 must be above 0\n"),
     ],
@@ -299,23 +299,23 @@ def test_sections_are_left_out_where_the_time_is_over(
 
     given = []
 
-    def run(section: Section, *, share: float, most: float, is_small: bool) -> Found:
+    def run(section: Section, *, share: float, most: float, is_small: bool) -> SectionResult:
         given.append((section.name, share, most))
         clock[0] += 100
-        return Found(section.name, "PASS", seconds=100)
+        return SectionResult(section.name, "PASS", seconds=100)
 
     clock = [0.0]
     monkeypatch.setattr(main, "run_section", run)
     monkeypatch.setattr(main.time, "monotonic", lambda: clock[0])
     found = main.check(list(SECTIONS.values()), 240, is_small=True)
     assert [one.status for one in found] == ["PASS"] * 3 + ["skipped"] * 6
-    assert found[3].why == "the time is over; give it more --minutes"
+    assert found[3].why == "out of time; raise --minutes"
     assert [(name, share, most) for name, share, most in given] == [
         ("machine", 5.0, 65.0),
         ("arithmetic", 12.5, 95.0),
         ("engine", 22.5, 40.0),
     ]
-    assert "the time is over" in capsys.readouterr().out
+    assert "out of time" in capsys.readouterr().out
 
 
 PARTS = ("machine,arithmetic,engine", "speed", "loader,inference", "resume,training", "several")

@@ -60,7 +60,7 @@ HEADLINE = "vapsr_x4"
 
 
 def run(report: Report) -> None:
-    """Measure case by case until the time is over."""
+    """Measure case by case until time runs out."""
     if not (ROOT / BENCHMARK).is_file():
         raise SkippedError(f"{BENCHMARK} is missing")
     best = 0.0
