@@ -241,6 +241,7 @@ def _execute(command: Command, paths: Mapping[str, str], show: bool) -> str:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": sys.prefix,  # which ./launch_local_train.sh uses, too
         "VASTSCALE_CPU": "1",
         "COLUMNS": "200",  # no table is broken into shorter lines
     }
