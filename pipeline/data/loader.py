@@ -44,7 +44,11 @@ class Loader:
         self.waited_seconds = 0.0
         # True as soon as a future batch cannot be made, some batches before `__next__` raises.
         self.failed = False
-        self._made = self._taken = 0  # numbers of batches; each is written by only one thread
+        # Numbers of batches. Only the loader's thread writes `_made` and only the training thread
+        # writes `_taken`, so their difference can be read without a lock.
+        self._made = self._taken = 0
+        # The limit bounds the memory of finished batches: a loader that is faster than training
+        # waits in `_put`.
         self._ready: queue.Queue[tuple[Batch, Any] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -80,6 +84,8 @@ class Loader:
 
     def failure(self) -> BaseException | None:
         """Return why the loader failed, discarding the good batches before it; None if it works."""
+        # The error is behind the good batches, and may not be in the queue yet: `_fail` sets
+        # `failed` before it adds the error.
         while self.failed:
             item = self._ready.get()
             if isinstance(item, BaseException):
@@ -100,6 +106,7 @@ class Loader:
         try:
             device_id, stream = None, None
             if self.device.type == "cuda":
+                # A new thread starts with the first GPU, which may be another rank's.
                 device_id = self.device.index or 0
                 torch.cuda.set_device(device_id)
                 # DALI gets its own stream. On the training stream it would wait for everything
@@ -114,13 +121,19 @@ class Loader:
                 prefetch=prefetch,
                 stream=stream,
             ):
+                # A copy: DALI reuses its own buffers for later batches while this one waits in the
+                # queue.
                 hr, lr = (to_torch(output.as_tensor(), self.device, stream) for output in outputs)
+                # The copies are only queued. The training stream waits for this event on the
+                # device; no thread of the host waits for it.
                 copied = stream.record_event() if stream is not None else None
                 self._made += 1
                 self._put((Batch(lr, hr, made, self.source.take_skips(made)), copied))
                 if self._closed.is_set():
                     return
         except OSError as error:
+            # The disk or the network, since faults of a file are `BadFileError`s. It may work again
+            # later, so the run ends with advice to resume it and does not skip the file.
             self._fail(
                 RunError(
                     f"{error.filename or 'the dataset'}: {error.strerror or error}; the disk or "
@@ -128,18 +141,24 @@ class Loader:
                     "checkpoint"
                 )
             )
-        except BaseException as error:  # re-raised by `__next__` in the main thread
+        except BaseException as error:
+            # Raised again by `__next__` in the training thread. In this thread an error would go
+            # unnoticed, and training would wait for batches for ever.
             self._fail(error)
         finally:
             self.source.close()
 
     def _fail(self, error: BaseException) -> None:
+        # First, because the queue may be full: a rank must learn of the failure while it still has
+        # batches for the steps in which the others learn of it.
         self.failed = True
         self._put(error)
 
     def _put(self, item: tuple[Batch, Any] | BaseException) -> None:
         while not self._closed.is_set():
             try:
+                # With a timeout, because training may have stopped taking batches: the thread must
+                # then notice that the loader is closed.
                 self._ready.put(item, timeout=0.1)
                 return
             except queue.Full:

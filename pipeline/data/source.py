@@ -31,6 +31,9 @@ class Position(NamedTuple):
 
     def first_sample(self, index: int) -> int:
         """Return the number of the first sample of this rank's micro-batch number `index`."""
+        # Ranks take neighbouring micro-batches. With a global batch of B, update number u therefore
+        # uses the B samples from u * B on, however B is divided into ranks, micro-batches and
+        # accumulation. This is why a run may continue on another number of ranks.
         return (index * self.world_size + self.rank) * self.micro_batch
 
 
@@ -99,6 +102,7 @@ class CropSource:
         self.has_brightness = spec.brightness.probability > 0
         # Making LR needs pixels around the crop; paired LR does not.
         self.has_margin = self.lr is None
+        # In the order in which `make` returns the arrays.
         self.columns = (
             *self.hr.columns,
             *(self.lr.columns if self.lr else ()),
@@ -157,7 +161,9 @@ class CropSource:
                 return
             try:
                 arrays = self.make(number)
-            except Exception as error:  # if raised here, DALI would drop the good ones before
+            except Exception as error:
+                # Not raised here: DALI would drop the good micro-batches that it has prepared.
+                # `reader.batches` raises it once these have been handed out.
                 self.fail(number, error)
                 return
             yield arrays
@@ -174,6 +180,8 @@ class CropSource:
         """Return the arrays of `columns` for micro-batch `index`."""
         first, count = self.first_sample(index), self.position.micro_batch
         if self.cache:
+            # Decode what is not cached as one batch, with all threads. Below, each image would be
+            # decoded alone.
             self.cache.load(
                 [
                     side.paths[file]
@@ -184,6 +192,8 @@ class CropSource:
                 ]
             )
         made = [*self._samples(first, count, is_read=True)]
+        # Kept until the loader takes the micro-batch. DALI asks some micro-batches in advance, so
+        # the latest one is not the one that fails or is taken next.
         self._made[index] = samples = [sample for sample, _, _ in made]
         arrays = self.hr.arrays([hr for _, hr, _ in made])
         if self.lr:
@@ -222,6 +232,8 @@ class CropSource:
         words = self.sampler.degradation_words(
             self.first_sample(index), self.position.micro_batch, WORDS
         )
+        # The last words of a sample are its noise keys; `_samples` turns the others into uniform
+        # numbers.
         return words[:, -KEYS:].tolist()
 
     def samples(self, first: int, count: int) -> list[Sample]:
@@ -291,6 +303,8 @@ class CropSource:
         skipped: list[Skip] = []
         for attempt in range(MAX_ATTEMPTS):
             try:
+                # Every attempt starts the sample's random numbers from the first, so that what a
+                # replacement gets does not depend on how far the reading of the bad file came.
                 return self._sample_of(
                     file, draws, i, iter(fractions), tuple(skipped), is_read=is_read
                 )
@@ -299,6 +313,8 @@ class CropSource:
                     raise UserError(f"{error} (sample {number})") from error
                 self.reject(error)
                 skipped.append(Skip(number, error.path, error.reason))
+                # Chosen by the sample's number, so that any number of ranks, and a continued run,
+                # take the same replacement.
                 file = self.sampler.replacement(number, attempt)
         raise UserError(
             f"sample {number}: all {MAX_ATTEMPTS} draws from its folder gave bad files, the last "
@@ -322,11 +338,17 @@ class CropSource:
             hr.width - hr.width % self.scale,
             self.scale,
         )
+        # Height and width were cut to multiples of the scale: the rest would fill only a part of an
+        # LR pixel.
         top = anchor(draws.top[i], height, self.crop, scale)
         left = anchor(draws.left[i], width, self.crop, scale)
+        # From here on, `randoms` are used up in a fixed order. In another order a continued run
+        # would draw other samples.
         above, before = self.degradation.place(randoms)
         extent = self.crop + self.degradation.surroundings
         region_height, region_width = min(extent, height), min(extent, width)
+        # At the photograph's border the region is moved inwards instead of being cut, so that all
+        # regions have the same size, unless the photograph is smaller than that.
         region = (
             min(max(top - above, 0), height - region_height),
             min(max(left - before, 0), width - region_width),
@@ -359,6 +381,7 @@ class CropSource:
         )
         if not is_read:
             return sample, NO_PART, NO_PART
+        # Exact: with paired LR the region is the crop, which lies on the grid of the scale.
         y, x, rows, columns = (side // scale for side in region)
         return (
             sample,
@@ -368,6 +391,9 @@ class CropSource:
 
     def _open_pair(self, file: int) -> tuple[OpenedFile, OpenedFile | None]:
         for side in (self.hr, self.lr):
+            # A file that is known to be bad fails in the same way as one that is found to be bad
+            # now. Otherwise the numbers of the attempts, and with them the replacements, would
+            # depend on history.
             if side and side.paths[file] in self.bad:
                 raise BadFileError(side.paths[file], self.bad[side.paths[file]])
         hr = self.hr.open(file)
@@ -404,6 +430,7 @@ class CropSource:
         if self.lr_noise:
             shape = self.crop // self.scale, self.crop // self.scale
             fields = [
+                # Its keys are the last two; degradations use those before.
                 self.lr_noise.arrays(sample.noise_sigma, shape, of[-2:])
                 for sample, of in zip(samples, keys, strict=True)
             ]
@@ -416,6 +443,7 @@ def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> N
 
     `bad` maps path -> reason.
     """
+    # At least one file may be bad, so that a small share does not forbid all in a small dataset.
     limit = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
     if len(bad) > limit:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (

@@ -45,12 +45,16 @@ class Training:
         self.last_save = time.perf_counter()
         self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
         self._watchdog = Watchdog(self.plan.watchdog_minutes * 60)
+        # Four, so that the length is 3 only once, which is when `_log_eta` reports. The first step,
+        # which may compile, ends where the first of the two measured intervals begins.
         self._step_ends: deque[float] = deque(maxlen=4)
         self._skips: list[Skip] = []  # this rank's, since the last report
         self._skipped_files = SkippedFiles()
         self._has_logged_profiles = False
 
     def close(self) -> None:
+        # What follows may wait for the disk and for the loader's thread, which is no sign of a
+        # hang.
         self._watchdog.stop()
         self._saver.close()
         if self.loader:
@@ -87,32 +91,54 @@ class Training:
         ):
             with self._gradients() as gradients:
                 for _ in range(self.run.accumulation):
+                    # Accumulation may make a step long, so each micro-batch counts as progress.
+                    # Before the first full step it does not: the watchdog then still allows for
+                    # compilation.
                     self._watchdog.feed(only_if_armed=True)
                     batch = next(loader)
                     self._skips += batch.skipped
                     with explain_out_of_memory(self.plan, self.ranks):
                         meter.add(trainer.step(batch, progress.step), batch.index)
+            # Counted even if the update was skipped: the step is also the position in the data,
+            # which must move on, and gradients are checked after they are summed, so that all ranks
+            # skip the same ones.
             progress.step += 1
+            # Whether the update was skipped stays on the device until the meter is read. Asking
+            # here would make each FP32 step wait for the GPU.
             meter.end_step(
                 progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader
             )
             self._log_notes(loader)
             self._watchdog.feed()
-            self.signals.is_patient = True  # a step is done: the first signal now saves and stops
+            # From now on there is something to save: the first signal saves and stops instead of
+            # ending the process at once.
+            self.signals.is_patient = True
             self._log_eta(progress.step)
             if progress.step == first:
-                self._saver.prepare()  # the optimizer has its states since the first update
+                # The optimizer has its states since the first update, so the size of a checkpoint
+                # is known and memory for its copy can be allocated, beside training, before the
+                # first save needs it.
+                self._saver.prepare()
+            # All ranks end an epoch at the same step, so they can gather here without another
+            # agreement.
             if self._epoch(progress.step) > self._epoch(progress.step - 1):
                 self._report_skips()
-            # Ranks must leave the loop at the same step. Requests travel between ranks while the
-            # next step computes and take effect one step late, so that no step waits for them.
+            # Ranks must leave the loop at the same step, or those that are left would wait for the
+            # others' gradients. Requests travel between ranks while the next step computes and take
+            # effect one step late, so that no step waits for them.
             agreed = agreement.exchange(self._request(loader))
             self._warn_about(self._saver.poll())
+            # Reading the meter waits for the device and gathers over ranks, so not every step does
+            # it.
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
-            with meter.paused():  # none of this counts as training time
+            # None of this counts as training time. The order matters: a validation comes before the
+            # save, so that the checkpoint contains its scores and counts as the best if it is.
+            with meter.paused():
                 if gradients and self.reporter:
                     self.reporter.histograms(gradients)
+                # No validation once the ranks have agreed to stop: launchers kill processes that
+                # take long to end, and the continued run makes up for it.
                 is_best = (
                     not agreed.ends_training and self._validation_is_due() and self._validate()
                 )
@@ -124,8 +150,8 @@ class Training:
                     self._save()
                 if not agreed.ends_training:
                     self._show_previews()
-        # The last request is still being exchanged. After a failure, too, the finished steps are
-        # saved before it is raised.
+        # The last request is still being exchanged, and may be more urgent than the one that ended
+        # the loop. After a failure, too, the finished steps are saved before it is raised.
         agreed = max(agreed, agreement.finish())
         self._save(must=True)
         self._report_skips()
@@ -183,6 +209,7 @@ class Training:
         Ends the run on all ranks if too many files are bad.
         """
         data = self.recipe.data
+        # The recipe is the same on all ranks, so no rank returns while others gather.
         if data.on_error == "stop":
             return
         skips = [skip for share in self.ranks.gather(self._skips) for skip in share]
@@ -194,6 +221,8 @@ class Training:
             self.reporter.journal.log("skipped", self.progress.step, values)
         self.console.say(text)
         num_files = sum(self.plan.dataset.folder_sizes)
+        # A rank's source has counted only the bad files that it met itself. The limit applies to
+        # those of all ranks together.
         self.ranks.on_all_ranks(
             lambda: refuse_too_many(self._skipped_files.reasons, num_files, data)
         )
@@ -218,6 +247,8 @@ class Training:
 
     def _request(self, loader: Loader) -> Request:
         """Return what this rank asks all ranks to do."""
+        # A failure comes before a signal: the run must end with the error's status and message, and
+        # not as if it had only been stopped.
         if not self._is_supplied(loader):
             return Request(RequestKind.FAIL)
         if self.signals.received:
@@ -238,6 +269,7 @@ class Training:
             if failure:
                 raise failure
 
+        # A rank that raised alone would leave the others waiting for it in the next collective.
         self.ranks.on_all_ranks(raise_failure)
 
     def _is_finished(self) -> bool:
@@ -250,6 +282,7 @@ class Training:
 
     def _log(self, meter: TrainMeter, loader: Loader) -> None:
         values = meter.read(self.progress.step, loader)
+        # These counters were gathered, so all ranks raise at the same step.
         if values.has_diverged:
             files = ", ".join(dict.fromkeys(loader.source.files_of(values.bad_batch)))
             raise RunError(
@@ -278,11 +311,15 @@ class Training:
         if scores is None:
             return False
         progress = self.progress
+        # Recorded whatever the scores: a run that continues from this step must not validate it
+        # again, which would count twice against `patience`.
         progress.validated_step = progress.step
         is_best = is_better(scores, progress.best_scores, self.recipe.best)
         if is_best:
             progress.best_scores, progress.best_step = scores, progress.step
         progress.stale_validations = 0 if is_best else progress.stale_validations + 1
+        # Every rank has the same mean scores, so plateau schedules lower the rate on all of them at
+        # once.
         for engine in self.run.trainer.engines.values():
             observe(engine, scores["psnr_y"])
         if self.reporter:
@@ -303,12 +340,15 @@ class Training:
         if self.progress.step == 0:
             return
         self._watchdog.feed(only_if_armed=True)
+        # One save at a time: the writing thread still reads the memory that the next copy would
+        # overwrite.
         self._warn_about(self._saver.wait())
         try:
             self._saver.begin(self.progress)
             failure = self._saver.wait() if must else None
         except SaveError as error:
             failure = error
+        # A later save could make up for a failed one, except at the end of the run.
         if failure and must:
             raise RunError(
                 f"{failure}; the previous checkpoint in {self.plan.run_dir} is intact"
