@@ -229,8 +229,8 @@ class Bench:
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "| | stall, ms | range | against the first | CPU ms | against the first | a step "
-        "meanwhile, ms |",
+        "| | stall, ms | range | relative to the first | CPU ms | relative to the first | step "
+        "during the write, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

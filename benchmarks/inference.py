@@ -180,7 +180,7 @@ def _check_options(options: Options) -> tuple[int, int]:
     known = COMMANDS if options.folder is not None else WAYS
     for way in options.ways:
         if way not in known:
-            raise UserError(f"no way {way!r}; choose from {', '.join(known)}")
+            raise UserError(f"--ways: unknown {way!r}; choose from {', '.join(known)}")
     for file in options.files:
         if file.suffix not in (".onnx", ".xml") or not file.is_file():
             raise UserError(f"{str(file)!r} of --files must be an existing .onnx or .xml file")

@@ -122,7 +122,7 @@ def main(options: Options) -> int:
     }
     if not ways:
         raise UserError(
-            f"--only {' '.join(options.only)}: no way has such a name; choose from "
+            f"--only {' '.join(options.only)}: matches none of the ways; choose from "
             f"{', '.join(WAYS)}"
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -184,7 +184,7 @@ def _check_options(options: Options) -> None:
         raise UserError("no photographs: give folders of photographs of at least 512x512 pixels")
     if options.gpu and options.operators:
         raise UserError(
-            "--gpu and --operators exclude each other: the variants run only on the CPU; omit one"
+            "--gpu and --operators cannot be combined: the variants run only on the CPU; omit one"
         )
     if options.gpu:
         import torch
@@ -305,7 +305,7 @@ def check(
     first = batches.get(OURS)
     for name in (OURS_TORCH, OURS_PNG, WRITTEN_HERE):
         if first and name in batches and not all(map(np.array_equal, batches[name], first)):
-            raise RunError(f"{name} delivers other bytes than {OURS}")
+            raise RunError(f"{name} and {OURS} deliver different bytes")
 
 
 def _levels_off(hr: np.ndarray, lr: np.ndarray, scale: int) -> float:
@@ -392,7 +392,7 @@ def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:
 
 def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
     """Print the ratios for which the project has targets."""
-    print("\nratios (median, least and greatest of the rounds)")
+    print("\nratios (median, minimum and maximum of the rounds)")
     for name, other in (
         (OURS, DALI_PNG),
         (OURS, TORCH_PNG),

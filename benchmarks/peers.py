@@ -273,8 +273,8 @@ def _print_table(participants: list[Participant], options: Options) -> None:
     images = options.batch * options.steps
     rates = {p.name: [images / wall for wall in p.walls] for p in participants}
     print(
-        f"\n{'':16}{'images/s':>10}{'least':>8}{'most':>8}{'ratio':>8}"
-        f"{'CPU s an image':>16}{'MiB':>8}"
+        f"\n{'':16}{'images/s':>10}{'min':>8}{'max':>8}{'ratio':>8}"
+        f"{'CPU s per image':>16}{'MiB':>8}"
     )
     for participant in participants:
         own, theirs = participant.walls, participants[0].walls

@@ -46,7 +46,7 @@ class Options:
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
-    """Commands, or figures, whose commands run then, however long they take."""
+    """Commands to run, or figures whose commands to run, however long they take."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=PATH ...")] = ()
     """The photographs, weights and programs that commands need; --list shows their names."""
     seconds: float = 60
@@ -54,12 +54,12 @@ class Options:
     list: bool = False
     """Only list the commands: what they need, how long they take, and when they last ran."""
     show: bool = False
-    """Print the output of the commands, too, on stderr."""
+    """Also print the commands' output, on stderr."""
     update: bool = False
     """Write what was measured, the machine and the date to benchmarks/figures.json. The documents
     stay as they are."""
     machine: str = ""
-    """What --update calls this machine. Default: the number of its cores, and its processor."""
+    """Name of this machine for --update. Default: its number of cores and its processor."""
 
 
 class _Strict(BaseModel):
@@ -73,14 +73,14 @@ class Figure(_Strict):
     """README.md, or docs/NAME.md."""
     text: list[str]
     """What the document says, with each number in braces: `{2.5} times as fast`, `{2 to 3} min`,
-    `{2:03} min` (123 seconds); in one place or in several. White space counts as one blank."""
+    `{2:03} min` (123 seconds); in one place or in several. Any white space matches a blank."""
     read: list[Any] = []
     """Readers (see `read_values`), which together give a value for each number."""
     tolerance: list[str] = ["0"]
     """"0.01" (off by at most that), "x1.5" (by at most that factor), or "at most" or "at least"
     (the document gives a bound); one for all numbers, or one for each."""
     measured: list[float | None]
-    """What was measured last, a value for each number; `null`: unknown."""
+    """The values last measured, one for each number; `null`: unknown."""
 
     @property
     def documented(self) -> list[str]:
@@ -92,7 +92,7 @@ class Figure(_Strict):
 
 
 class Command(_Strict):
-    """What is run, and the figures that it makes."""
+    """A command, and the figures that it produces."""
 
     run: list[str] | None
     """Lines of bash, run in the root of the repository. {NAME} stands for a path of --data, {out}
@@ -102,10 +102,10 @@ class Command(_Strict):
     seconds: float = 0
     """Expected duration on two cores."""
     cores: int = 1
-    """Fewer cores would make other figures."""
+    """Number of cores without which the figures would differ."""
     machine: str
     date: str
-    """When the figures were measured last, YYYY-MM-DD."""
+    """When the figures were last measured, YYYY-MM-DD."""
     figures: dict[str, Figure]
 
     def placeholders(self) -> list[str]:
@@ -133,7 +133,7 @@ class Figures(_Strict):
 
 
 Row = tuple[str, str, str, str, str]
-"""Of the table: figure, documented and measured number, tolerance, verdict."""
+"""A row of the table: figure, documented and measured number, tolerance, verdict."""
 
 
 def main(options: Options, file: Path = FIGURES) -> int:
@@ -209,7 +209,7 @@ def _paths(figures: Figures, data: tuple[str, ...]) -> dict[str, str]:
     for item in data:
         name, equals, path = item.partition("=")
         if not equals or name not in figures.placeholders:
-            raise UserError(f"--data {item}: say NAME=PATH{nearest(name, figures.placeholders)}")
+            raise UserError(f"--data {item}: write NAME=PATH{nearest(name, figures.placeholders)}")
         paths[name] = os.path.abspath(os.path.expanduser(path))
         if not os.path.exists(paths[name]):
             raise UserError(f"--data {item}: no such path; give {figures.placeholders[name]}")
@@ -217,15 +217,15 @@ def _paths(figures: Figures, data: tuple[str, ...]) -> dict[str, str]:
 
 
 def _obstacle(command: Command, paths: Mapping[str, str], limit: float | None) -> str:
-    """Why the command does not run here and now; nothing if it does."""
+    """Return why the command does not run here and now; "" if it does."""
     missing = [f"{name}=PATH" for name in command.placeholders() if name not in paths]
     cores = len(os.sched_getaffinity(0))
     if command.run is None:
         reason = f"cannot run here: {command.why}"
     elif missing:
-        reason = f"cannot run here: say --data {' '.join(missing)}"
+        reason = f"cannot run here: give --data {' '.join(missing)}"
     elif cores < command.cores:
-        reason = f"cannot run here: needs {command.cores} cores, there are {cores}"
+        reason = f"cannot run here: needs {command.cores} cores, but there are {cores}"
     elif limit is not None and command.seconds > limit:
         reason = f"not run: takes about {_duration(command.seconds)}; name it to run it"
     else:
@@ -234,7 +234,7 @@ def _obstacle(command: Command, paths: Mapping[str, str], limit: float | None) -
 
 
 def _execute(command: Command, paths: Mapping[str, str], show: bool) -> str:
-    """What the command prints. `RunError` if it fails."""
+    """Return what the command prints. Raises `RunError` if it fails."""
     script = _PLACEHOLDER.sub(
         lambda match: shlex.quote(paths[match[1]]), "\n".join(command.run or [])
     )
@@ -263,13 +263,15 @@ def _execute(command: Command, paths: Mapping[str, str], show: bool) -> str:
                 print(line, end="", file=sys.stderr)
     if process.returncode:
         last = lines[-1].strip() if lines else "no output"
-        raise RunError(f"exit status {process.returncode}, --show shows all: {last[:200]}")
+        raise RunError(f"exit status {process.returncode} (--show prints all output): {last[:200]}")
     return "".join(lines)
 
 
 def compare(command: Command, output: str, folder: Path) -> list[Row]:
-    """A row for each number of the command's figures, which also keep the values as `measured`.
-    `RunError`, and they keep the former ones, if a value cannot be read."""
+    """Return a row for each number of the command's figures, and store the values as `measured`.
+
+    Raises `RunError`, before any is stored, if a value cannot be read.
+    """
     found: dict[str, list[float]] = {}
     for name, figure in command.figures.items():
         values = [value for reader in figure.read for value in read_values(reader, output, folder)]

@@ -48,7 +48,7 @@ class Options:
     ] = ()
     """As in training: data.crop=64 generator.num_blocks=3."""
     ranks: Annotated[str, tyro.conf.arg(metavar="N,N,...")] = "1,2"
-    """Numbers of ranks; the others are compared with the first."""
+    """Numbers of ranks to measure; all others are compared with the first."""
     recipe: str = "demo"
     """A name in recipes/ or the path of a YAML file."""
     dataset_dir: Path | None = None

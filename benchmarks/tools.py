@@ -56,8 +56,8 @@ class Options:
     """
 
     photos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")] = ()
-    """Folders of PNG photographs. JPEGs are no fair comparison: images_to_data.py halves them, the
-    script does not."""
+    """Folders of PNG photographs. JPEGs would not be a fair comparison: images_to_data.py halves
+    them, the script does not."""
     only: tuple[Literal["cut", "check", "memory"], ...] = ("cut", "check", "memory")
     """What to measure."""
     size: int = 512

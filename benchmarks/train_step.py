@@ -234,16 +234,16 @@ def report(rows: dict[Case, dict[str, Any]]) -> str:
     lines = [
         f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, torch {version('torch')}",
         "",
-        "| network | batch | precision, way, layout, kernel | ms a step | images/s | ours / best "
+        "| network | batch | precision, way, layout, kernel | ms per step | images/s | ours / best "
         "bare loop | "
-        "ours / PyTorch's kernel | MiB | first step after, s | floor, ms: compute, memory | step / "
+        "ours / PyTorch's kernel | MiB | s to first step | floor, ms: compute, memory | step / "
         "floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(case, row) for case, row in rows.items()]
     lines += [
         "",
-        "ms of a step:",
+        "ms per step, by part:",
         "",
         f"| network | {' | '.join(PARTS)} |",
         f"|---|{'---|' * len(PARTS)}",
@@ -299,7 +299,7 @@ def verdict(row: dict[str, Any]) -> str:
     compute, memory = floors(row)
     launches = row["calls"] * LAUNCH_SECONDS if row["device"] == "cuda" else 0.0
     if (share := parts.get("waiting for data", 0) / step) > 0.05:
-        return f"bound by the loader ({share:.0%} of the step): .npy files, more data.threads"
+        return f"bound by the loader ({share:.0%} of the step): use .npy files, raise data.threads"
     if (share := parts.get("communication", 0) / step) > 0.15:
         return f"bound by communication ({share:.0%}): a larger batch per rank, or accumulation"
     if launches > 0.6 * step:

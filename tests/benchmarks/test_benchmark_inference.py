@@ -88,7 +88,7 @@ def test_threads_reach_pytorch_and_the_runtimes(weights, tmp_path, monkeypatch):
     [
         ({"size": "24"}, "--size 24 must be HxW"),
         ({"size": "0x3"}, "--size 0x3 must be HxW"),
-        ({"ways": ("fast",)}, "no way 'fast'; choose from eager, "),
+        ({"ways": ("fast",)}, "--ways: unknown 'fast'; choose from eager, "),
         ({"threads": 0}, "--threads and --rounds"),
         ({"files": ("no.onnx",)}, "'no.onnx' of --files must be an existing .onnx or .xml file"),
         ({"ways": ("openvino",), "device": "meta"}, "no device|only on the CPU"),
@@ -166,7 +166,7 @@ def test_a_tile_loop_joins_its_pieces(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"ways": ("eager",)}, "no way 'eager'; choose from bare-onnx, "),
+        ({"ways": ("eager",)}, "--ways: unknown 'eager'; choose from bare-onnx, "),
         ({}, "no .png pictures in '.*' of --folder"),
     ],
 )

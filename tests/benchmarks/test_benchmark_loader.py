@@ -230,7 +230,7 @@ def test_too_small_photographs_are_refused(tmp_path: Path) -> None:
         ({"batch": 0}, "--batch must be at least 1"),
         (
             {"only": ("nothing",)},
-            "--only nothing: no way has such a name; choose from this loader, npy, ",
+            "--only nothing: matches none of the ways; choose from this loader, npy, ",
         ),
     ],
 )

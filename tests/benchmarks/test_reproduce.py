@@ -288,7 +288,9 @@ def test_commands_run_and_the_table_says_what_holds(
     rows = rows_of(capsys.readouterr().out)
     assert rows["good-psnr"] == "2.5 2.5 0.1 holds"  # 2.45 with one digit
     assert rows["off-psnr"] == "2.5 2.7 0.1 does not hold"
-    assert rows["failing"].endswith("does not hold: exit status 1, --show shows all: 2.5 dB")
+    assert rows["failing"].endswith(
+        "does not hold: exit status 1 (--show prints all output): 2.5 dB"
+    )
     assert "nothing in the output matches" in rows["silent"]
     assert rows["long"].endswith(
         "not run: takes about 61 s; name it to run it; measured 2026-01-01"
@@ -334,8 +336,8 @@ def test_the_list_says_what_commands_need(
     ("options", "message"),
     [
         (Options(("goood",)), "'goood': no such command or figure; did you mean 'good'?"),
-        (Options(data=("photo=x",)), "--data photo=x: say NAME=PATH; did you mean 'photos'?"),
-        (Options(data=("photos",)), "--data photos: say NAME=PATH"),
+        (Options(data=("photo=x",)), "--data photo=x: write NAME=PATH; did you mean 'photos'?"),
+        (Options(data=("photos",)), "--data photos: write NAME=PATH"),
         (Options(data=("photos=/no/such",)), "--data photos=/no/such: no such path; give a file"),
     ],
 )
