@@ -1,1 +1,1 @@
-"""Command-line tools that prepare data: scripts with `--help`. None imports torch at import."""
+"""Command-line tools that prepare data. Importing one does not import torch."""

@@ -188,8 +188,8 @@ def _loader_settings(sample: BenchmarkImages, options: Options) -> LoaderSetting
     crop = min(options.crop, *(min(image.shape[:2]) for image in sample.pixels)) // SCALE * SCALE
     if crop < SCALE:
         raise UserError(
-            f"--crop {options.crop}, and the shortest side of the images: no training crop of at "
-            f"least {SCALE} pixels fits; give other images, a larger --crop, or --skip-loader"
+            f"--crop {options.crop}: no training crop of at least {SCALE} pixels fits into all "
+            "images; give larger images, a larger --crop, or --skip-loader"
         )
     return LoaderSettings(crop, options.micro_batch, 0 if options.device == "cuda" else None)
 

@@ -1,4 +1,4 @@
-"""Find files that cannot be trained on before training does; moves nothing unless asked to."""
+"""Find files that cannot be used for training, before it starts; move them only if asked to."""
 
 from __future__ import annotations
 
@@ -114,13 +114,11 @@ def main(options: Options) -> int:
     made_again = _add_other_sides(root, survey, crops, findings)
     _summarize(survey, findings)
     if cleaned := cleaned_away(root, survey.manifests, crops):
-        print(
-            f"{cleaned} crops listed in a manifest were removed by --clean and are not made again"
-        )
+        print(f"{cleaned} crops listed in a manifest were removed by --clean and are not recreated")
     if crops.missing():
         print(
-            f"{crops.missing()} crops listed in a manifest are missing; run the tool that made "
-            "them again"
+            f"{crops.missing()} crops listed in a manifest are missing; rerun the tool that "
+            "made them"
         )
     if findings.bad and options.clean:
         _refuse_too_many(len(findings.bad), survey.images, options.force)
@@ -288,7 +286,7 @@ def _summarize(survey: Survey, findings: Findings) -> None:
     )
     if findings.bad:
         counts = Counter(check.gate for check in findings.bad)
-        print(f"why: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
+        print(f"reasons: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
     if findings.converted:
         print(converted_note(findings.converted, "images", "training converts them to sRGB"))
     if survey.unread:

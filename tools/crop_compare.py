@@ -89,7 +89,7 @@ class Options:
     """Write the PSNR-Y against the first image below every crop, and that of the whole images
     above."""
     border: int = 0
-    """Pixels cut from every border before the PSNR-Y of whole images; an evaluation cuts the
+    """Pixels cut from every border for the PSNR-Y of whole images; evaluate.py cuts as many as the
     scale."""
     font: Path | None = None
     """TrueType font for labels beyond ASCII."""
@@ -143,7 +143,7 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--columns {options.columns}: must be at least 1; omit it for one row")
     if options.border < 0:
         raise UserError(
-            f"--border {options.border}: must be at least 0; evaluate.py cuts the scale (2, 3 or 4)"
+            f"--border {options.border}: must be at least 0; evaluate.py uses the scale (2, 3 or 4)"
         )
     replays = options.coords is not None and options.coords.expanduser().exists()
     ways = [

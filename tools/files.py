@@ -152,7 +152,7 @@ def _kind(entry: os.DirEntry[str], manifest_name: str) -> EntryKind | None:
 def _is_special(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is, or links to, a pipe, socket or device.
 
-    Opening one of these could block for ever.
+    Opening one of these could block forever.
     """
     try:
         return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))

@@ -69,7 +69,7 @@ class Options(CropOptions):
     max_megapixels: float = 300
     """Reject larger photos before decoding, because they could exhaust the memory."""
     max_member_mb: int = 256
-    """Reject larger files in an archive before reading; each thread holds up to two of them in
+    """Reject larger files in an archive before reading them; each thread holds up to two files in
     memory."""
     max_expansion: int = 100
     """Stop reading a compressed archive that expands to more than this many times its size (and 256

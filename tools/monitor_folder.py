@@ -147,7 +147,7 @@ def line(recent: deque[FolderState], free: int, until: int | None) -> str:
 
 
 def _to_go(files: int, rate: float) -> str:
-    """When this many more files will exist."""
+    """Estimate when this many more files will exist."""
     if files <= 0:
         return "done"
     if rate <= 0:

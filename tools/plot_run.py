@@ -101,9 +101,9 @@ PANELS = (
 class Options:
     """Plot the curves of runs as one picture: loss, PSNR, throughput, and whatever else they log.
 
-    Only what a run has logged is drawn; of a run with stages, every stage. The best validation is
-    marked. TensorBoard shows the same and more; this is for a report, a mail, or a machine without
-    a browser.
+    Only what a run has logged is drawn, for every stage if it has stages. The best validation is
+    marked. TensorBoard shows the same and more; this is for a report, an email, or a machine
+    without a browser.
 
     Example: python tools/plot_run.py runs/vapsr_x2 runs/msrresnet_x2 --out curves.png
     """

@@ -310,7 +310,7 @@ def test_links_among_themselves(tmp_path):
         "r/a.png": "a link to z.png (--keep-duplicates)",
         "z2.png": "a hard link of z.png (--keep-duplicates)",
     }
-    assert "why: 2 duplicate" in result.stdout
+    assert "reasons: 2 duplicate" in result.stdout
     assert "1 good, 2 bad" in result.stdout
 
 
@@ -358,7 +358,7 @@ def test_a_bad_side_takes_the_other_along(pairs):
             "the other side of its pair is bad: pairs/two.png/x1_000_000_lr4.npy"
         ),
     }
-    assert "why: 4 file, 2 pair" in before.stdout
+    assert "reasons: 4 file, 2 pair" in before.stdout
     assert check("--data-dir", pairs / "data", "--min-size", 48, "--clean").returncode == 1
     after = check("--data-dir", pairs / "data", "--min-size", 48)
     assert after.returncode == 0
@@ -367,10 +367,7 @@ def test_a_bad_side_takes_the_other_along(pairs):
         for result in (before, after)
     ]
     assert hashes[0] == hashes[1] != [], "what was taken along must not be in the hash"
-    assert (
-        "6 crops listed in a manifest are missing; run the tool that made them again"
-        in after.stdout
-    )
+    assert "6 crops listed in a manifest are missing; rerun the tool that made them" in after.stdout
     assert not (data / "rejects.jsonl").exists(), (
         "broken crops are to be made again, with their other sides"
     )
@@ -442,7 +439,7 @@ def test_crops_that_were_taken_away_for_good_are_written_down(flat_crop, delete)
     rejects = flat_crop / "data/crops/rejects.jsonl"
     rejects.write_bytes(b'{"torn": ')
     result = clean_flat(flat_crop, "--clean", *delete)
-    assert "why: 1 flat" in result.stdout
+    assert "reasons: 1 flat" in result.stdout
     torn, line = rejects.read_text().splitlines()
     record = json.loads((flat_crop / "data/crops/manifest.jsonl").read_text().splitlines()[1])
     assert (torn, parse_reject(line)["cleaned"]) == ('{"torn": ', True)
@@ -462,10 +459,10 @@ def test_crops_that_were_taken_away_for_good_are_written_down(flat_crop, delete)
     result = clean_flat(flat_crop)
     assert result.returncode == 0
     assert (
-        "1 crops listed in a manifest were removed by --clean and are not made again"
+        "1 crops listed in a manifest were removed by --clean and are not recreated"
         in result.stdout
     )
-    assert "run the tool that made them again" not in result.stdout
+    assert "rerun the tool that made them" not in result.stdout
     assert cut_photos(flat_crop).returncode == 0
     assert clean_flat(flat_crop).returncode == 0, "the cutter must not make it again"
 

@@ -114,8 +114,8 @@ def iterate_lines(path: Path) -> Iterator[tuple[int, CropRecord]]:
         else:
             return
     raise UserError(
-        f"{path}, line {torn}: not a line of a {MANIFEST}; run the tool that made the dataset "
-        "with the same arguments again, it repairs the file"
+        f"{path}, line {torn}: not a line of a {MANIFEST}; rerun the tool that made the "
+        "dataset with the same arguments to repair the file"
     )
 
 

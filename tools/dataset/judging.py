@@ -60,7 +60,7 @@ class FileCheck:
     status: FileStatus
     reason: str = ""
     bytes: int = 0
-    # Of a bad file: file (broken), size, flat, soft, leak, duplicate, near-duplicate.
+    # Gate that a bad file fails: file (broken), size, flat, soft, leak, duplicate, near-duplicate.
     gate: str = ""
     perceptual_hash: str = ""  # of a good file, in hexadecimal, if known
     sha256: str = ""  # of the pixels, if a manifest lists the file
@@ -418,7 +418,7 @@ class Findings:
     unreadable: list[str] = field(default_factory=list)
     # Good files by colour profile, if not sRGB.
     converted: Counter[str] = field(default_factory=Counter)
-    # Of the good files that a manifest lists.
+    # Hash of the good files that a manifest lists.
     recorded: DatasetHash = field(default_factory=DatasetHash)
 
     def uncount(self, check: FileCheck, sha256: str) -> None:

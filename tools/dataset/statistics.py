@@ -206,8 +206,8 @@ def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
 def warnings(statistics: Statistics) -> list[str]:
     """One line for each problem that will affect training or leave data unused."""
     lines = [
-        f"{printable(source.folder)}: {source.missing} of its files are missing; run the tool "
-        "that made them again"
+        f"{printable(source.folder)}: {source.missing} of its files are missing; rerun the "
+        "tool that made them"
         for source in statistics.recorded
         if source.missing
     ]

@@ -70,15 +70,15 @@ GATES = {
         "Sharpness of the picture",
         "ratio of the finest octave to the next one",
         [0, 0.5, 1, 1.5, 2],
-        "Of the photograph or frame that a crop was cut from, at its sharpest place; counted once "
-        "per crop. Blurred or enlarged ones, below the line, are rejected.",
+        "Measured at the sharpest place of the photograph or frame that a crop was cut from; "
+        "counted once per crop. Blurred or enlarged ones, below the line, are rejected.",
         "--min-sharpness",
     ),
     "sharpness": Gate(
         "Sharpness as a whole",
         "ratio of the finest octave to the next one",
         [0, 0.5, 1, 1.5, 2],
-        "Of the crop itself as a whole. Not a gate, because sharp photographs have parts that are "
+        "Measured over the whole crop. Not a gate, because sharp photographs have parts that are "
         "out of focus.",
     ),
     "entropy": Gate(

@@ -65,7 +65,7 @@ VIDEO_SUFFIXES = frozenset(
 # Per frame; 8K has 33, and a header that claims more would only fill the memory.
 MAX_MEGAPIXELS = 64
 MAX_HOURS = 7 * 24  # largest time span of a file; longer ones have broken timestamps
-MAX_READ_ERRORS = 100  # consecutive errors, so that a damaged file is not read for ever
+MAX_READ_ERRORS = 100  # consecutive errors, so that a damaged file is not read forever
 NUM_FIRST_FRAMES = 8  # examined for properties that the header lacks
 _MAX_FIRST_PACKETS = 600
 _OPTIONS = {  # a "video" could be a playlist that names other files, or servers
@@ -411,7 +411,7 @@ def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool
         data.type.name.startswith("DOVI") for data in frame.side_data
     ):
         refusals = (
-            "Dolby Vision without a layer for standard screens; tone-map it with an editor first",
+            "Dolby Vision without an SDR-compatible base layer; tone-map it with an editor first",
         )
     elif matrix != _UNKNOWN_MATRIX and matrix not in _MATRICES:
         refusals = (
