@@ -30,7 +30,7 @@ class Options:
     half: bool = False
     """Use FP16 for weights, arithmetic and, with --io float, images."""
     opset: int = 20
-    """Version of ONNX's operators, 17 to 23."""
+    """ONNX opset version, 17 to 23."""
     images: Annotated[Path | None, arg(help_behavior_hint="(default: scikit-image's)")] = None
     """Folder of photographs to compare on."""
     openvino: bool = False
@@ -46,20 +46,20 @@ class Options:
     """Folder of photographs from which --int8 takes the range of every layer, ideally like those
     that you train on or upscale."""
     calibration_images: int = 32
-    """Number of 96x96 crops taken from them."""
+    """Number of 96x96 crops taken from those photographs."""
     seed: int = 0
     """Seed for the positions of the crops."""
     measure: Annotated[
         Path | None, arg(help_behavior_hint="(default: three of scikit-image's)")
     ] = None
-    """Folder of sharp photographs, different from those of --calibrate, on which --int8 is
-    measured. They are the HR images; LR images are made from them."""
+    """Folder of sharp photographs, different from those of --calibrate, for measuring the loss
+    of --int8. They are the HR images; LR images are made from them."""
     keep_last: int = 3
-    """Number of last convolutions that stay in FP32. With fewer, some networks are faster and all
-    lose more quality."""
+    """Number of convolutions at the end that stay in FP32. With fewer, some networks are faster and
+    all lose more quality."""
     max_drop: float = 0.1
-    """Maximum mean loss of PSNR-Y on those photographs, in dB. A file that loses more is not
-    written (exit status 1)."""
+    """Maximum mean loss of PSNR-Y on the photographs of --measure, in dB. A file that loses more is
+    not written (exit status 1)."""
 
 
 INT8 = ("calibrate", "calibration_images", "seed", "measure", "keep_last", "max_drop")

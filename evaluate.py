@@ -18,15 +18,15 @@ class Options:
     """Measure models against bicubic upscaling, for example: python evaluate.py --hr Set5/x4"""
 
     hr: Annotated[Path | None, arg(help_behavior_hint="(default: none)")] = None
-    """Folder of HR images: NAME_HR.png beside NAME_LR.png, or any images, whose LR images are made
-    by bicubic downscaling."""
+    """Folder of HR images: NAME_HR.png beside NAME_LR.png, or any images, from which LR images are
+    made by bicubic downscaling."""
     lr: Annotated[Path | None, arg(help_behavior_hint="(default: in --hr, or made)")] = None
     """Folder of LR images: named as in --hr, optionally followed by _LR, xS or _xS (S: scale)."""
     benchmark: Annotated[
         tuple[Literal["set5", "set14", "b100", "urban100", "div2k", "pirm"], ...],
         arg(help_behavior_hint="(default: none)"),
     ] = ()
-    """One or more standard benchmarks, as folders in --benchmarks."""
+    """One or more standard benchmarks, which are folders in --benchmarks."""
     benchmarks: Path = Path("~/benchmark")
     """Folder that contains the benchmarks' folders, in any of the usual layouts."""
     model: Annotated[tuple[Path, ...], arg(help_behavior_hint="(default: newest run)")] = ()
@@ -61,7 +61,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's notes for its own developers
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no internal warnings from C++
     # Imported here, so that --help does not wait for torch.
     from pipeline.evaluation.command import run_evaluation
 

@@ -1,4 +1,4 @@
-"""For hatchling, which builds the wheel: what the package depends on stands in requirements.txt."""
+"""Hatchling hook that takes the wheel's dependencies from requirements.txt."""
 
 from __future__ import annotations
 

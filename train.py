@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's notes for its own developers
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no internal warnings from C++
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
@@ -24,7 +24,7 @@ def main(options: TrainOptions) -> int:
         return 2
     if report_if_finished(plans):
         return 0
-    # torch and DeepSpeed take seconds to import: --help and a finished run need not wait for them.
+    # torch and DeepSpeed take seconds to import: --help and a finished run do without.
     from pipeline.training.run import train
 
     return train(options, plans)

@@ -16,8 +16,8 @@ class Options:
     """Upscale images and videos, for example: python upscale.py photo.jpg holiday/ -o large"""
 
     inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="INPUT...")]
-    """Images, videos, and folders; a folder stands for everything below it, and its structure is
-    kept."""
+    """Images, videos, and folders. All images and videos below a folder are upscaled, and its
+    structure is kept."""
     out: Annotated[Path, arg(aliases=["-o"])]
     """Folder for the results, or a file (.png .jpg .webp .tif .mp4 .mkv .mov) for a single input
     file."""
@@ -25,7 +25,7 @@ class Options:
     """Weights file (.safetensors, .pth, .pt), run folder (its best averaged weights), or network
     file (.onnx, .xml)."""
     scale: Annotated[float | None, arg(help_behavior_hint="(default: the network's)")] = None
-    """Exact factor: the network is applied as often as needed, then antialiased cubic resizing."""
+    """Exact factor: apply the network as often as needed, then resize (antialiased cubic)."""
     size: Annotated[str | None, arg(metavar="WxH", help_behavior_hint="(default: by --scale)")] = (
         None
     )
@@ -41,15 +41,15 @@ class Options:
     skip_existing: bool = False
     """Skip inputs whose results already exist."""
     tile: int = 0
-    """Side of a tile in LR pixels; 0 chooses it by the free memory."""
+    """Side of a tile in LR pixels; 0 chooses it from the free memory."""
     exact: bool = False
     """Let tiles overlap by the network's whole receptive field. By default the overlap is smaller
     and changes the result by at most half a level."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """auto: on a GPU FP16, or FP32 for 16-bit pictures; on a CPU FP32."""
+    """auto: FP16 on a GPU, or FP32 for 16-bit pictures; FP32 on a CPU."""
     backend: Literal["auto", "torch", "openvino", "onnx"] = "auto"
-    """Library that runs the network. auto: PyTorch on a GPU; on a CPU the fastest that is installed
-    and worth its conversion."""
+    """Library that runs the network. auto: PyTorch on a GPU; on a CPU, the fastest installed
+    one whose conversion pays off."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto uses the GPU if there is one."""
     compile: bool = False

@@ -378,7 +378,7 @@ def _for_restart(
 
 
 def _folder_number(folder: Path) -> tuple[int, int] | None:
-    """(device, inode) of `folder`, which tells it from a later one. None if absent or empty."""
+    """(device, inode) of `folder`, to tell it from one made later. None if absent or empty."""
     try:
         found = folder.stat()
         return (found.st_dev, found.st_ino) if any(folder.iterdir()) else None

@@ -1,4 +1,4 @@
-"""Show the runs below a folder in TensorBoard, without its notes for its own developers."""
+"""Show the runs below a folder in TensorBoard, without its internal warnings."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _usage(prog: str, table: Mapping[str, Command]) -> str:
     rows = {name: command.summary for name, command in table.items()}
     closing = f"`{prog} COMMAND --help` lists the options of a command."
     if prog == "vastscale":
-        rows["data ..."] = "make, judge and look at datasets; `vastscale data --help` lists how"
+        rows["data ..."] = "make, check and inspect datasets; see `vastscale data --help`"
         closing += " `vastscale --version` prints the version."
     width = max(map(len, rows))
     lines = [f"  {name:<{width}}  {summary}" for name, summary in rows.items()]

@@ -222,7 +222,7 @@ def choose_port(address: str, wanted: int, *, wait: bool = False) -> int:
 
 
 def answering(slots: Slots, *, timeout: float = 2 * CONNECT_SECONDS) -> Slots:
-    """Return the hosts that run a command over ssh now. The first one is this machine."""
+    """Return the hosts on which ssh can run a command now. The first one is this machine."""
     first, *others = slots
     done = run_on(others, ["true"], timeout=timeout)
     return {

@@ -474,7 +474,7 @@ def _is_signal(status: int) -> bool:
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Yield the lines of a stream; one longer than a message may be comes in parts."""
+    """Yield the lines of a stream; lines above the size of a message are split."""
     rest = b""
     while data := await stream.read(1 << 16):
         *lines, rest = (rest + data).split(b"\n")

@@ -50,14 +50,14 @@ class Options:
     """Name of the network interface on every host. Default: the one that leads to the first
     host."""
     master_addr: str = ""
-    """Address of the first host. Default: of its addresses that all hosts reach, the one on its
+    """Address of the first host. Default: among those that all hosts reach, the one on its
     fastest interface."""
     timeout: float = 90
     """Seconds to wait for a host's answer."""
     json: Path | None = None
     """Also write the diagnosis to this JSON file."""
     no_allreduce: bool = False
-    """Skip the all-reduce, which takes some seconds, and with it the prediction."""
+    """Skip the all-reduce, which takes a few seconds, and the prediction that needs it."""
     recipe: str = ""
     """Predict the scaling efficiency for this recipe."""
     parameters: int | None = None

@@ -203,7 +203,7 @@ def _judge(host: str, own: Interface, first: str, of_first: Interface) -> Findin
             "network",
             WARN,
             summary,
-            f"it reaches {first} through loopback; check whether both names are one machine",
+            f"it reaches {first} through loopback; are both names the same machine?",
         )
     if is_virtual(own["name"]):
         return Finding(

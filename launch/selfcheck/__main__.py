@@ -65,7 +65,7 @@ def main(options: Options) -> int:
     chosen = choose(options.only)
     gpus = [] if is_cpu_wanted() else [gpu.name for gpu in list_gpus()]
     is_small = options.small or not gpus
-    where = gpus[0] if gpus else "the CPU (no GPU in use): small, its speeds say little"
+    where = gpus[0] if gpus else "the CPU (no GPU in use), small, so its speeds mean little"
     print(
         f"self-check of {where}; {len(chosen)} sections, at most {options.minutes:g} minutes",
         flush=True,

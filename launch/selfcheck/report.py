@@ -89,7 +89,7 @@ class Report:
         return self._end - time.monotonic()
 
     def has_time_for(self, seconds: float) -> bool:
-        """Whether work of that many seconds, and 30 % more, fits before the section is killed."""
+        """Whether work of `seconds`, plus 30 %, fits before the section is killed."""
         return self._last - time.monotonic() > 1.3 * seconds
 
     def number(
@@ -127,7 +127,7 @@ class Report:
         limit: str = "",
         note: str = "",
     ) -> None:
-        """Add a statement that must be true; with `is_so` None, a mere statement."""
+        """Add a statement that must be true, or, if `is_so` is None, is only reported."""
         text = value if value != "" else {True: "yes", False: "no", None: ""}[is_so]
         self._add(Check(f"{self.section}.{name}", text, limit=limit, ok=is_so, note=note))
 

@@ -33,28 +33,26 @@ SECTIONS = {
         Section(
             "machine",
             10,
-            "driver, torch, capability, compiler, bandwidth, matrix rate",
+            "driver, torch, compute capability, compiler, bandwidth, matmul rate",
             ("machine.mig",),
         ),
-        Section(
-            "arithmetic", 25, "networks, losses and metrics against the CPU and against float64"
-        ),
+        Section("arithmetic", 25, "networks, losses and metrics compared with the CPU and float64"),
         Section(
             "engine",
             45,
-            "updates of DeepSpeed and Accelerate against autograd; their kernels and waits",
+            "updates of DeepSpeed and Accelerate compared with autograd; kernels and waits",
             ("engine.fp16",),
         ),
         Section(
             "speed",
             110,
-            "training steps by benchmarks/train_step.py",
+            "training steps, timed by benchmarks/train_step.py",
             ("speed.vapsr_x4", "speed.vapsr_x4.fp16.reduce-overhead.b64"),
         ),
         Section(
             "loader",
             70,
-            "every kind of batch against the CPU's; batches per second",
+            "every kind of batch compared with the CPU's; batches per second",
             (
                 "loader.npy",
                 "loader.npy_torch",
@@ -71,14 +69,14 @@ SECTIONS = {
         Section(
             "resume",
             80,
-            "a run that is killed and continued against an uninterrupted one",
+            "a run that is killed and continued, compared with an uninterrupted one",
             ("resume.deterministic",),
         ),
         Section("training", 60, "the demo: stopped, continued and evaluated", ("training.gain",)),
         Section(
             "inference",
             40,
-            "pictures and a video: tiles, precisions, little memory",
+            "pictures and a video: tiles, precisions, low memory",
             ("inference.tiles", "inference.fp16"),
         ),
         Section(
