@@ -1,8 +1,8 @@
-"""Where this code lies, and what its commands are called. Needs the standard library alone.
+"""Where this code is installed, and the names of its commands. Needs only the standard library.
 
-A command is a script. In a checkout people run the script itself. An installed package holds the
+A command is a script. In a checkout, users run the script itself. An installed package holds the
 same files in its folder `vastscale/checkout`, and the command `vastscale` runs them; messages then
-name that command in place of the script.
+name that command instead of the script.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ INSTALLED = ROOT.name == "checkout" and (ROOT.parent / "__main__.py").is_file()
 class Command(NamedTuple):
     """What `vastscale NAME` runs."""
 
-    script: str  # seen from `ROOT`
+    script: str  # relative to `ROOT`
     summary: str  # one line for --help
 
 
 DISTRIBUTED = "launch/distributed.py"
-"""What `vastscale train` runs where a hostfile is named."""
+"""What `vastscale train` runs if a hostfile is given."""
 COMMANDS = {
     "train": Command("launch/local.py", "train a network; with --hostfile FILE on many machines"),
     "evaluate": Command("evaluate.py", "measure networks against bicubic: PSNR, SSIM, LPIPS"),
@@ -44,20 +44,20 @@ COMMANDS = {
 DATA_COMMANDS = {
     "images": Command("tools/images_to_data.py", "cut photographs into a training dataset"),
     "videos": Command("tools/video_to_data.py", "cut frames of videos into a training dataset"),
-    "imagenet": Command("tools/imagenet_to_data.py", "cut the images of tar archives"),
+    "imagenet": Command("tools/imagenet_to_data.py", "cut the images in tar archives"),
     "pairs": Command("tools/pairs_to_data.py", "cut matching HR and LR images"),
-    "check": Command("tools/check_training_data.py", "judge every file of a dataset"),
+    "check": Command("tools/check_training_data.py", "check every file of a dataset"),
     "select": Command("tools/select_training_files.py", "write training and validation lists"),
     "report": Command("tools/dataset_report.py", "write an HTML report on a dataset"),
-    "show-batch": Command("tools/show_batch.py", "save what a training step gets to see"),
+    "show-batch": Command("tools/show_batch.py", "draw the samples of a training step"),
     "list": Command("tools/list_data_folders.py", "list the folders of a dataset with their sizes"),
     "analyze": Command("tools/analyze_images.py", "measure means, spread, clipping and brightness"),
     "convert": Command("tools/convert_dataset.py", "store a dataset in another file format"),
     "benchmark": Command("tools/benchmark_formats.py", "time the file formats on a dataset"),
-    "monitor": Command("tools/monitor_folder.py", "watch a folder as it fills"),
-    "demo": Command("tools/make_demo_dataset.py", "make the demo's dataset"),
-    "test-images": Command("tools/make_test_images.py", "draw synthetic photographs to try tools"),
-    "mkv-to-mp4": Command("tools/mkv_to_mp4.py", "put videos into .mp4 without encoding again"),
+    "monitor": Command("tools/monitor_folder.py", "watch a folder grow"),
+    "demo": Command("tools/make_demo_dataset.py", "make the demo dataset"),
+    "test-images": Command("tools/make_test_images.py", "make synthetic images for experiments"),
+    "mkv-to-mp4": Command("tools/mkv_to_mp4.py", "remux .mkv videos to .mp4, without re-encoding"),
 }
 """`vastscale data NAME` -> its script."""
 
@@ -80,10 +80,10 @@ _SCRIPT = re.compile(
 
 
 def as_typed(text: str) -> str:
-    """`text` with the commands that it names as people type them here.
+    """Return `text` with the commands in it as users type them here.
 
     `python tools/images_to_data.py PHOTOS` becomes `vastscale data images PHOTOS` where the package
-    is installed, and stays what it is in a checkout.
+    is installed, and stays unchanged in a checkout.
     """
     return _SCRIPT.sub(lambda match: _NAMES[match[1]], text) if INSTALLED else text
 
@@ -92,20 +92,21 @@ def find_file(name: str) -> Path:
     """A file that comes with the code, such as `ds_config.json` or `recipes/demo.yaml`.
 
     Where the package is installed, a file of that name in the current folder comes first. An
-    absolute `name` is taken as it is.
+    absolute `name` is used unchanged.
     """
     return Path(name) if INSTALLED and Path(name).is_file() else ROOT / name
 
 
 def recipe_names(folder: str = "recipes") -> list[str]:
-    """The names of the YAML files that `find_file` finds in `folder`, sorted."""
+    """Return the names of the YAML files that `find_file` finds in `folder`, sorted."""
     places = {ROOT / folder, *([Path(folder)] if INSTALLED else [])}
     return sorted({file.stem for place in places for file in place.glob("*.yaml")})
 
 
 def cache_dir() -> Path:
-    """Where files go that can be made again: `.cache` in a checkout, the user's cache otherwise.
+    """Return the folder for files that can be recreated.
 
+    This is `.cache` in a checkout, otherwise `vastscale` in the user's cache folder.
     `VASTSCALE_CACHE` names another folder.
     """
     if given := os.environ.get("VASTSCALE_CACHE"):

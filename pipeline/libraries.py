@@ -23,7 +23,7 @@ _library = None  # a torch.library.Library; its declarations vanish once it is g
 
 
 class _ImportedOnUse(ModuleType):
-    """Stands for a module, which is imported when something of it is first asked for.
+    """Placeholder for a module, which is imported on the first access to an attribute.
 
     Every command imports all the code it may need before it reads its arguments; without this,
     `--help` would wait for large libraries.
@@ -40,7 +40,7 @@ else:
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision with any build of torch; does nothing special if the import just works.
+    """Import torchvision with any build of torch, working around a failing import if necessary.
 
     Call it before importing a library that imports torchvision, in every process. The first call
     takes about a second: call it where torchvision is needed, not at the top of a module.

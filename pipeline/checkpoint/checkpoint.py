@@ -1,7 +1,8 @@
 """Read checkpoints back from a run folder; `saving.py` writes them.
 
-A run continues from the newest step whose folder is intact, by its MANIFEST.json, for every rank
-that sees it. Ranks on hosts that do not see the run folder receive copies of what they must read.
+A run continues from the newest step whose folder is intact (according to its MANIFEST.json) for
+every rank that sees it. Ranks on hosts that do not see the run folder receive copies of what they
+must read.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Contents:
     engines: Mapping[str, Engine]
     ema: ExponentialMovingAverage
     generator: SavedNetwork  # describes the network; its state_dict is filled in when saving
-    # Of the run: recipe, ds_config, dataset. A run must have the same identity to continue.
+    # Recipe, ds_config and dataset of the run. A run must have the same identity to continue.
     identity: Mapping[str, Any]
     sees_run_dir: bool = True  # whether this rank does; see `transfer.sees_run_dir`
 

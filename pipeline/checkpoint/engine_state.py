@@ -77,7 +77,7 @@ def reshard(
         old = layouts(shard, old_shapes)
         if [group.places.keys() for group in old] != [group.places.keys() for group in new]:
             raise RuntimeError(
-                "the checkpoint's ZeRO shards hold other parameters than this network has"
+                "the parameters in the checkpoint's ZeRO shards differ from this network's"
             )
         if not result:
             result = _empty_shard(shard, old, current, new)

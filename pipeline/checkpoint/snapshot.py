@@ -24,7 +24,7 @@ ALIGNMENT = 64  # bytes: a cache line, and larger than any element
 
 
 class HostMemory:
-    """Memory for one snapshot after the other.
+    """Memory that successive snapshots reuse.
 
     It stays allocated, because fresh pages cost more than the copy itself.
     """

@@ -85,7 +85,7 @@ def local_copy(
     """Yield `folder` to ranks that see it, and a copy of its `files` to the others, one per host.
 
     `files` (name -> size and SHA-256) is taken from the first rank. The copy is deleted afterwards.
-    Raises `UserError` if a host has no space for it or receives other bytes.
+    Raises `UserError` if a host has no space for it or its copy is damaged.
     """
     if all(ranks.gather(sees)):
         yield folder

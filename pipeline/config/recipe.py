@@ -62,7 +62,7 @@ measured, not what is learnt. Losses count as tables, as in `recipe_differences`
 A continued run keeps its kernels whatever `native_kernels` says, unless that is off.
 """
 RESERVED_FOLDERS = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
-"""Names of folders in every run folder, which a stage cannot have."""
+"""Folders that every run folder contains, so a stage cannot have one of these names."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,7 +161,7 @@ class Recipe(Spec):
     )
     deterministic: Literal["off", "on"] = Field(
         "off",
-        description="on: bit-equal runs on the same GPU, slower; on CPUs they always are",
+        description="on: bit-identical runs on the same GPU, slower; runs on CPUs always are",
     )
     activation_checkpointing: Literal["off", "on"] = Field(
         "off",
@@ -252,8 +252,8 @@ class Recipe(Spec):
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Load the recipe `name` (in `recipes/`, or the path of a YAML file) with `overrides` applied.
 
-    Keys of `overrides` are dotted. Of a recipe with stages, returns the last stage, whose network
-    is the final one. Raises `UserError`.
+    Keys of `overrides` are dotted. For a recipe with stages, returns the last stage, whose
+    network is the final one. Raises `UserError`.
     """
     return load_stages(name, overrides)[-1]
 

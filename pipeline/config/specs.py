@@ -33,7 +33,7 @@ class InstanceNoiseSpec(Spec):
         0.0, ge=0, le=1, description="standard deviation at the first step; images are in [0, 1]"
     )
     steps: int = Field(
-        100_000, gt=0, description="step of the run from which there is none; it falls linearly"
+        100_000, gt=0, description="step of the run at which it reaches zero; it falls linearly"
     )
 
 
@@ -64,7 +64,7 @@ class LabelsSpec(Spec):
 class AdversarialSpec(Spec):
     """A discriminator trained against the generator."""
 
-    weight: Number = Field(gt=0, description="of the adversarial term among the generator's losses")
+    weight: Number = Field(gt=0, description="weight of this term in the generator's loss")
     loss: str = Field("vanilla", description="a name in pipeline/losses/adversarial.py")
     discriminator: NetworkSpec = NetworkSpec(name="vgg")
     ds_config: str | None = Field(

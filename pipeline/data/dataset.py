@@ -202,7 +202,7 @@ def read_dataset(
     """
     if lr_roots and paired_scale is None:
         raise UserError(
-            "--lr-dir needs LR files to read; set data.degradation=paired, or omit --lr-dir"
+            "--lr-dir has no effect unless LR is read; set data.degradation=paired, or omit it"
         )
     if lr_roots and len(lr_roots) != len(roots):
         raise UserError(

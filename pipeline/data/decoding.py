@@ -87,7 +87,7 @@ def _opened(path: str) -> Iterator[tuple[int, int]]:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BadImageError("not a plain file")
+            raise BadImageError("not a regular file")
         yield descriptor, status.st_size
     except BadImageError as error:
         raise BadFileError(path, str(error)) from None

@@ -66,7 +66,7 @@ class Reader(Protocol):
 
 
 class NpyReader:
-    """Reads arrays, and of these only the rows of a region."""
+    """Reads regions of arrays; only their rows are read."""
 
     is_decoded_in_graph = False
 

@@ -33,7 +33,7 @@ QUARANTINE = "quarantine"
 MANIFEST = "manifest.jsonl"
 
 _MAKE_CROPS = "make the crops with `python tools/images_to_data.py`"
-_CHECK = "check the dataset with `python tools/check_training_data.py --clean` and select again"
+_CHECK = "run `python tools/check_training_data.py --clean`, then select the training files again"
 _NPY_WAY_OUT = (
     f"{_MAKE_CROPS}, or move the file out of the way with `python "
     "tools/check_training_data.py --clean`"
@@ -106,7 +106,7 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise BadNpyError(os.fspath(path), "not a plain file")
+            raise BadNpyError(os.fspath(path), "not a regular file")
         head = os.read(descriptor, 512)
         if head[:6] == _NPY_MAGIC and head[6:7] in (b"\2", b"\3") and len(head) == 512:
             head += os.read(descriptor, 65536)
@@ -169,7 +169,7 @@ def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
     elif head[6] in (2, 3):
         start, length = 12, struct.unpack_from("<I", head, 8)[0]
     else:
-        raise BadNpyError(path, f".npy version {head[6]} is unknown, must be 1, 2 or 3")
+        raise BadNpyError(path, f".npy version {head[6]} is not supported; it must be 1, 2 or 3")
     if len(head) < start + length:
         raise BadNpyError(path, "the .npy header is truncated or far too long")
     return start + length, head[start : start + length]

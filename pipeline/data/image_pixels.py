@@ -165,7 +165,7 @@ def decode_picture(data: bytes, header: ImageHeader) -> DecodedImage:
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if not 1 <= pixels.shape[2] <= 4:
         raise BadImageError(
-            f"{pixels.shape[2]} channels; only gray or RGB is read, with or without alpha"
+            f"{pixels.shape[2]} channels; only gray and RGB are supported, with or without alpha"
         )
     profile = header.profile
     if profile is not None and not profile[16:20] == _space(header) == _SPACES[pixels.shape[2]]:
@@ -476,8 +476,8 @@ def _decode_jp2(data: bytes, header: ImageHeader) -> np.ndarray:
         return _by_pillow(data, header)
     if header.tags[0][0] == SYCC:
         raise BadImageError(
-            f"JPEG 2000 images with YCC colours and {header.depth} bits are not read; save it as "
-            "RGB"
+            f"a JPEG 2000 image with YCC colours and {header.depth} bits is not supported; save it "
+            "as RGB"
         )
     return _scaled(imagecodecs.jpeg2k_decode(data), (1 << header.depth) - 1)
 
@@ -508,7 +508,7 @@ def _scaled(pixels: np.ndarray, most: int) -> np.ndarray:
     """Scale levels 0..`most` to the full range of 8 or 16 bits, rounded."""
     if pixels.dtype not in (np.uint8, np.uint16):
         raise BadImageError(
-            f"decoded to {pixels.dtype}; only unsigned integers of up to 16 bits are read"
+            f"decoded to {pixels.dtype}; only unsigned integers of up to 16 bits are supported"
         )
     white = 255 if most < 256 else 65535
     if most == white:
@@ -548,7 +548,7 @@ def _by_pillow(data: bytes, header: ImageHeader) -> Bytes:
             mode = "RGBA" if has_alpha else "RGB"
         else:
             raise BadImageError(
-                f"pixels of mode {image.mode!r} are not read; save it as RGB with 8 or 16 bits"
+                f"pixels of mode {image.mode!r} are not supported; save it as RGB with 8 or 16 bits"
             )
         return np.array(image if image.mode == mode else image.convert(mode))
 

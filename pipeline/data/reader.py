@@ -102,9 +102,9 @@ def batches(
 def _reject_undecodable(source: CropSource, ahead: range) -> bool:
     """Reject the files that DALI cannot decode; return whether there are any.
 
-    If the recipe stops for them, end the micro-batches before the first one. DALI does not report
-    which file of which prefetched micro-batch failed, so all of them are decoded one by one on the
-    CPU.
+    If the recipe does not skip bad files, end the micro-batches before the first one. DALI does
+    not report which file of which prefetched micro-batch failed, so all of them are decoded one by
+    one on the CPU.
     """
     is_found = False
     for index in ahead:

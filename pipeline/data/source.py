@@ -318,8 +318,8 @@ class CropSource:
                 file = self.sampler.replacement(number, attempt)
         raise UserError(
             f"sample {number}: all {MAX_ATTEMPTS} draws from its folder gave bad files, the last "
-            f"one {skipped[-1].path}: {skipped[-1].reason}; check the dataset with `python "
-            "tools/check_training_data.py --clean` and select again"
+            f"one {skipped[-1].path}: {skipped[-1].reason}; run `python "
+            "tools/check_training_data.py --clean`, then select the training files again"
         )
 
     def _sample_of(
@@ -404,7 +404,7 @@ class CropSource:
                 self.hr.paths[file],
                 f"{hr.height}x{hr.width} is smaller than data.crop {self.crop}",
                 "lower data.crop, or remove such files with `python tools/check_training_data.py "
-                f"--clean --min-size {self.crop}` and select again",
+                f"--clean --min-size {self.crop}`, then select the training files again",
             )
         if self.lr is None:
             return hr, None
@@ -439,7 +439,7 @@ class CropSource:
 
 
 def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> None:
-    """Raise `UserError` if more files are bad than the recipe lets `on_error: skip` skip.
+    """Raise `UserError` if more files are bad than the recipe's `max_bad_files` allows.
 
     `bad` maps path -> reason.
     """
@@ -451,6 +451,7 @@ def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> N
         )
         raise UserError(
             f"{len(bad)} of {num_files} files are bad, but data.max_bad_files "
-            f"{spec.max_bad_files:g} allows only {limit} ({some}); check the dataset with `python "
-            "tools/check_training_data.py --clean` and select again, or raise data.max_bad_files"
+            f"{spec.max_bad_files:g} allows only {limit} ({some}); run `python "
+            "tools/check_training_data.py --clean`, then select the training files again, or raise "
+            "data.max_bad_files"
         )

@@ -1,4 +1,4 @@
-"""The data section of a recipe: how samples are made of the dataset.
+"""The data section of a recipe: how samples are made from the dataset.
 
 Imports neither torch nor DALI.
 """
@@ -51,7 +51,7 @@ def _threads(value: Any) -> Any:
 
 
 class DataSpec(Spec):
-    """How samples are made of the dataset."""
+    """How samples are made from the dataset."""
 
     crop: int = Field(
         192, ge=8, description="side of the HR crop in pixels, a multiple of the scale"

@@ -20,7 +20,7 @@ from pipeline.distributed.launcher import RankInfo
 
 OPT_OUT = "VASTSCALE_BIND"
 """Environment variable: 0 disables binding."""
-LEAST_CORES = 2  # per rank; with fewer, the ranks of a node had better share all its cores
+LEAST_CORES = 2  # per rank; with fewer, a node's ranks do better sharing all its cores
 SYSTEM = Path("/sys")
 
 
@@ -121,5 +121,5 @@ def pci_address(gpu: int) -> str:
         or driver.cuDeviceGet(ctypes.byref(device), gpu)
         or driver.cuDeviceGetPCIBusId(address, len(address), device)
     ):
-        raise OSError(f"the driver knows no GPU {gpu}")
+        raise OSError(f"the driver does not know GPU {gpu}")
     return address.value.decode().lower()

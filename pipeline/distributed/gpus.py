@@ -139,7 +139,7 @@ def count_gpus() -> int:
 
 
 def torch_gpus() -> int:
-    """Return the number of GPUs that torch can use here; 0 without any or if the CPU was requested.
+    """Return the number of GPUs that torch can use here; 0 if the CPU was requested.
 
     Raises `UserError` with the driver's and torch's versions and the remedies if the machine has a
     GPU that torch cannot use.
@@ -161,7 +161,7 @@ def torch_gpus() -> int:
 
 
 def _why_not(torch: Any) -> str:
-    """Return why torch sees no GPU; empty if the machine has none of NVIDIA's."""
+    """Return why torch sees no GPU; empty if the machine has no NVIDIA GPU."""
     gpus = list_gpus()
     if not gpus and not _has_device():
         return ""

@@ -188,7 +188,7 @@ def _by_slurm(variables: Mapping[str, str]) -> RankInfo | None:
     """Read the variables of Slurm's srun, used directly or by `deepspeed --launcher slurm`.
 
     The shell of sbatch or salloc also has SLURM_PROCID and SLURM_NTASKS but is alone: it is not a
-    step, or a special one.
+    job step, or a special one.
     """
     step = variables.get("SLURM_STEP_ID", "")
     if "SLURM_PROCID" not in variables or not variables.get("SLURM_STEP_NODELIST"):
@@ -429,7 +429,7 @@ def own_addresses() -> Iterator[tuple[str, str]]:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface on which nothing listens at present."""
+    """Return a TCP port of the loopback interface on which nothing is listening now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

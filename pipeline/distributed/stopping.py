@@ -30,7 +30,7 @@ class RequestKind(IntEnum):
 
 
 class Request(NamedTuple):
-    """What a rank asks of all ranks. Of several requests the largest wins."""
+    """What a rank asks of all ranks. The largest of several requests wins."""
 
     kind: RequestKind = RequestKind.CONTINUE
     signal: int = 0  # the reason for a STOP
@@ -44,8 +44,8 @@ class Request(NamedTuple):
 class StopSignals:
     """Records SIGINT, SIGTERM and SIGHUP for the training loop to check; repeats change nothing.
 
-    While it is not `is_patient`, which is before the first step, there is nothing to save, and a
-    signal ends the process at once.
+    Until `is_patient` is set after the first step, there is nothing to save, and a signal ends the
+    process at once.
     """
 
     def __init__(self, say: Callable[[str], None] = print) -> None:

@@ -203,8 +203,8 @@ def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
         or accelerator.num_processes != ranks.world_size
     ):
         raise UserError(
-            f"accelerate is set to {accelerator.num_processes} processes on {accelerator.device}, "
-            f"but there are {ranks.world_size} on {ranks.device}; unset its variables "
-            "(ACCELERATE_…)"
+            f"accelerate is set up for {accelerator.num_processes} processes on "
+            f"{accelerator.device}, but there are {ranks.world_size} on {ranks.device}; unset "
+            "its variables (ACCELERATE_…)"
         )
     return accelerator

@@ -237,7 +237,7 @@ def _initialise(
         config.setdefault("communication_data_type", "fp32")
     config.pop("optimizer")
     if build_schedule is not None and config["scheduler"]["type"] not in DEEPSPEED_WARMUPS:
-        # DeepSpeed does not know torch's schedules; of its own it records the name in its files.
+        # DeepSpeed does not know torch's schedules. For its own, it records the name in its files.
         config.pop("scheduler")
     try:
         engine, *_ = deepspeed.initialize(

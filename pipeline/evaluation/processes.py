@@ -296,7 +296,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no notes for torch's developers
+    variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no internal warnings from C++
     take_slice(rank, variables)
     place = RankInfo(rank, count, rank, "", "127.0.0.1", port)
     return {

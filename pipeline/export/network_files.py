@@ -241,7 +241,7 @@ class OpenVinoNetwork:
         hint: OpenVINO's options for the precision of its arithmetic.
 
     Raises:
-        UserError: the file cannot be loaded, or the device is another one.
+        UserError: the file cannot be loaded, or the device is not the CPU.
     """
 
     def __init__(

@@ -229,7 +229,7 @@ def _use_network_file(path: Path, asked: str, device: Device, precision: str) ->
     number = "fp16" if file.dtype == np.float16 else "fp32"
     backend = FileBackend(lambda _: file, facts, device, lambda _: number, number, measured)
     name = file.metadata.get("architecture", "network")
-    note = "; uint8: of 16-bit pictures it sees 8 bits" if file.dtype == np.uint8 else ""
+    note = "; uint8: 16-bit pictures are reduced to 8 bits" if file.dtype == np.uint8 else ""
     return Chosen(
         path,
         f"{name} x{facts.scale}",

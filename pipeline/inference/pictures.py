@@ -167,7 +167,7 @@ def encode_picture(picture: Picture, suffix: str, png_level: int | None = None) 
         png_level: one of `png.LEVELS`; `None` is the fast `png.DEFAULT_LEVEL`.
 
     Raises:
-        UserError: the suffix is another one, or the picture is too large for TIFF.
+        UserError: the suffix is not supported, or the picture is too large for TIFF.
     """
     suffix = suffix.lower()
     if suffix == ".png":

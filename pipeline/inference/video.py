@@ -1,4 +1,4 @@
-"""Videos: decode, upscale a few frames at a time, and encode; sound is copied unchanged."""
+"""Videos: decode, upscale a few frames at a time, and encode; audio is copied unchanged."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def upscale_video(
     except av.FFmpegError as error:
         raise UserError(
             f"cannot be read or written as {result.suffix} ({error.strerror}); is it damaged, or "
-            "does only .mkv support its sound?"
+            "does only .mkv support its audio codec?"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def _transcode(
     upscaler: Upscaler,
     advance: Advance,
 ) -> None:
-    """Process all packets in file order: upscale the video's, copy those of the sound."""
+    """Process all packets in file order: upscale the video, copy the audio."""
     sounds = {
         sound.index: _copy_of(sound, output)
         for sound in container.streams.audio
@@ -138,8 +138,8 @@ def _copy_of(sound: AudioStream, output: OutputContainer) -> AudioStream:
         return output.add_stream_from_template(sound)
     except ValueError as error:
         raise UserError(
-            f"its sound is {sound.codec_context.name}, which {output.format.name} files do not "
-            "support; choose -o NAME.mkv"
+            f"its audio codec is {sound.codec_context.name}, which {output.format.name} files do "
+            "not support; choose -o NAME.mkv"
         ) from error
 
 
@@ -163,7 +163,7 @@ class _Writer:
         self._next_pts = 0
 
     def mux_sound(self, packet: av.Packet) -> None:
-        """Write a packet of sound, whose stream is already the output's."""
+        """Write an audio packet, whose stream is already the output's."""
         if self._encoder is None:
             self._sounds.append(packet)
         else:

@@ -151,8 +151,8 @@ class VggFeature(nn.Module):
             are float32.
 
     Raises:
-        ValueError: another value of an argument.
-        UserError: the weights are missing or of another network, or, when called, the crop is too
+        ValueError: an argument has an unsupported value.
+        UserError: the weights are missing or not this trunk's, or, when called, the crop is too
             small.
     """
 
@@ -229,8 +229,8 @@ class LpipsDistance(nn.Module):
         weights: a file with the trunk's weights, see `load_trunk`; `None` uses torch's cache.
 
     Raises:
-        ValueError: another `network`.
-        UserError: the weights are missing or of another network, or, when called, the images are
+        ValueError: an unknown `network`.
+        UserError: the weights are missing or not this trunk's, or, when called, the images are
             too small.
     """
 

@@ -80,7 +80,7 @@ class MsSsim(nn.Module):
             than 5 scales, the first weights of the paper are used, divided by their sum.
 
     Raises:
-        ValueError: `scales` is neither of these.
+        ValueError: `scales` is none of these.
         UserError: when called, the crop is too small.
     """
 

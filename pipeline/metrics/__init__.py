@@ -195,7 +195,7 @@ def measure(
     """Return metric name -> value for uint8 RGB (N, 3, H, W) `sr` against `hr`.
 
     `border` pixels are cut off on every side. The default `measures` are all metrics without
-    trunks. Raises `ValueError` for other images and for images that are too small.
+    trunks. Raises `ValueError` for images of another type or shape, or that are too small.
     """
     import torch
 

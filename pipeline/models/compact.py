@@ -44,7 +44,7 @@ class SRVGGNetCompact(nn.Module):
         activation: "prelu" (one slope per channel), "relu" or "leakyrelu" (slope 0.1).
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class VGGDiscriminator(nn.Module):
             `crop` x `crop`.
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class UNetDiscriminator(nn.Module):
         skip_connections: add the encoder's features in the decoder.
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(self, *, crop: int, num_features: int = 64, skip_connections: bool = True) -> None:

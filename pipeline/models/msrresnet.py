@@ -42,7 +42,7 @@ class MSRResNet(nn.Module):
             that of BasicSR's files; "bicubic" is closer to HR, which leaves less to learn.
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ PUBLISHED_RESIDUAL_SCALE = 0.2
 
 
 class RRDBNet(nn.Module):
-    """RRDBNet for RGB images, x1, x2 or x4. By default ESRGAN's (16,697,987 parameters at x4).
+    """RRDBNet for RGB images, x1, x2 or x4; ESRGAN's by default (16,697,987 parameters at x4).
 
     The network itself upscales by 4; for x2 and x1 the input is pixel-unshuffled by 2 and 4 first.
     ESRDnet, a wide and shallow variant, is `num_features=128, num_blocks=12`; with
@@ -54,7 +54,7 @@ class RRDBNet(nn.Module):
         rrdb_residual_scale: the same for three dense blocks together.
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ SCALES = (2, 4, 8)
 
 
 class SRResNet(nn.Module):
-    """SRResNet for RGB images, x2, x4 or x8. By default the paper's (1,547,350 parameters at x4).
+    """SRResNet for RGB images, x2, x4 or x8; the paper's by default (1,547,350 parameters at x4).
 
     The paper's HR images are in [-1, 1]; those of this network are in [0, 1].
 
@@ -41,7 +41,7 @@ class SRResNet(nn.Module):
         num_blocks: number of residual blocks, which do not share weights.
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(self, *, scale: int, num_features: int = 64, num_blocks: int = 16) -> None:

@@ -47,7 +47,7 @@ class VapSR(nn.Module):
             "signed" is [-1, 1]. The network's input and output are in [0, 1] either way.
 
     Raises:
-        ValueError: another value of an argument.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(

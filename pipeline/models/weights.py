@@ -117,7 +117,7 @@ def _read_pickled(
                 "executed here; save only its state dict"
             ) from error
         raise UserError(
-            f"{str(path)!r} is not a readable PyTorch file; is it cut short?"
+            f"{str(path)!r} is not a readable PyTorch file; is it truncated?"
         ) from error
     except PermissionError as error:
         raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
@@ -204,7 +204,7 @@ def _choose_state(path: Path, content: Mapping[str, Any], weights: str) -> dict[
         if weights not in held:
             raise UserError(
                 f"{str(path)!r} holds no weights {weights!r}"
-                + (nearest(weights, held) if held else "; it is one state dict: leave that out")
+                + (nearest(weights, held) if held else "; it is a single state dict: omit weights")
             )
         return dict(held[weights])
     for key in STATE_KEYS:
@@ -295,12 +295,12 @@ class SavedNetwork:
             if key not in self.state_dict:
                 raise UserError(
                     f"{title} needs the tensor {key!r}, which is missing from the weights; were "
-                    "they trained with other parameters?"
+                    "they trained with different parameters?"
                 )
             if key not in expected:
                 raise UserError(
                     f"{title} has no tensor {key!r}, but the weights contain it; were they "
-                    "trained with other parameters?"
+                    "trained with different parameters?"
                 )
             tensor = self.state_dict[key]
             if tensor.shape != expected[key].shape:
@@ -329,9 +329,9 @@ def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
 
     `weights` names the state dict to read from a .pth file with several; "auto" is the first of
     `STATE_KEYS` that exists (EMA first), or the only one. Prefixes of wrappers are removed:
-    `_orig_mod.` (torch.compile) anywhere, `WRAPPERS` at the start, in any nesting; of a whole GAN,
-    the generator is read. Raises `UserError` for a file that is missing, unreadable or damaged,
-    that contains code or anything but plain numbers, or whose network is unknown.
+    `_orig_mod.` (torch.compile) anywhere, `WRAPPERS` at the start, in any nesting; from a whole
+    GAN, the generator is read. Raises `UserError` for a file that is missing, unreadable or
+    damaged, that contains code or anything but plain numbers, or whose network is unknown.
     """
     path = Path(path)
     tensors, description = read_state(path, weights, METADATA_KEY)

@@ -86,8 +86,8 @@ class Journal:
     def distribution(self, step: int, tag: str, values: Tensor) -> None:
         """Log a histogram, and the mean and the 5, 50 and 95 % quantiles as a JSON line.
 
-        Nothing is logged if a value is not finite. Of more than `MOST_VALUES`, a part is used for
-        histogram and quantiles; the mean is of all.
+        Nothing is logged if a value is not finite. If there are more than `MOST_VALUES`, a
+        subset is used for histogram and quantiles; the mean is over all.
         """
         values = values.detach().float().flatten()
         if not torch.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Command-line options of training, and the plan made of them: recipe, ds_config, data, folders.
+"""Command-line options of training, and the plan made from them: recipe, ds_config, data, folders.
 
 Imports no torch.
 """
@@ -23,7 +23,8 @@ from pipeline.installation import find_file
 from pipeline.run_folder import RUNS_DIR
 
 DATASET_DIR = Path("~/dataset")
-# Samples in an epoch enlarged by a multiplier: every rank draws the whole epoch's order at once.
+# Most samples that data.multiplier may give an epoch: every rank draws the order of a whole epoch
+# at once.
 LONGEST_EPOCH = 1 << 25
 
 
@@ -72,7 +73,7 @@ class TrainOptions:
     reset: bool = False
     """Start a new run; the old one is moved to <output-dir>.bak-<time>, never deleted."""
     max_epochs: int | None = None
-    """Stop after this many passes over the training list, or at the recipe's steps if sooner."""
+    """Stop after this many passes over the training list, or after the recipe's steps if sooner."""
     patience: int | None = None
     """Stop after this many validations in a row without an improvement; 0 disables. Default: the
     recipe's."""
@@ -151,7 +152,7 @@ def overrides_last(arguments: Sequence[str], flags: Collection[str] = ("--reset"
 
 
 def make_plan(options: TrainOptions) -> TrainPlan:
-    """Read and check what `options` name; of a recipe with stages, the last stage.
+    """Read and check what `options` name; return the plan of the last or only stage.
 
     Raises `UserError` for anything missing or inconsistent.
     """

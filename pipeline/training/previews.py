@@ -180,5 +180,5 @@ def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
 
 
 def every_nth(count: int, most: int) -> int:
-    """Return n such that every n-th of `count` occasions are at most `most`; 1 uses them all."""
+    """Return the smallest n for which taking every n-th of `count` gives at most `most`."""
     return count // (most + 1) + 1

@@ -153,7 +153,7 @@ def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
 def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Build the run that `plan` asks for, or restore it from disk; all ranks call it together.
 
-    Raises `UserError` if the run on disk is another one.
+    Raises `UserError` if the run on disk is a different one.
     """
     # A schedule counts the updates of its own network, which may be fewer than the run's steps.
     every = plan.recipe.adversarial.generator_every if plan.recipe.adversarial else 1
@@ -195,7 +195,7 @@ class _SavedRun:
 def _find_run(
     plan: TrainPlan, precision: str, ranks: Ranks, say: Callable[[str], None]
 ) -> _SavedRun:
-    """Find the run on disk; raise `UserError` if it is another one."""
+    """Find the run on disk; raise `UserError` if it is a different one."""
     identity = {**plan.identity, "precision": precision}
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
     step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)

@@ -20,8 +20,8 @@ from pipeline.training.options import TrainPlan
 def load_start_weights(generator: nn.Module, plan: TrainPlan) -> str:
     """Load the weights that the recipe's `start` names into `generator`; return a line about it.
 
-    From a network of another scale, the tensors whose shapes agree are taken: all but the
-    upsampler's. At the same scale all tensors must agree. Raises `UserError`.
+    From a network of another scale, only tensors of the same shape are loaded: all but the
+    upsampler's. At the same scale, all shapes must agree. Raises `UserError`.
     """
     recipe = plan.recipe
     start = plan.previous if recipe.start == "previous" else Path(str(recipe.start)).expanduser()

@@ -568,9 +568,9 @@ def test_what_says_nothing_about_the_file_is_no_bad_file(
     with pytest.raises(OSError, match="Input/output") as fault:
         encoded_size(path)
     assert fault.value.filename == path
-    assert "not a plain file" in bad(tmp_path).reason
+    assert "not a regular file" in bad(tmp_path).reason
     os.mkfifo(tmp_path / "pipe.png")
-    assert "not a plain file" in bad(tmp_path / "pipe.png").reason
+    assert "not a regular file" in bad(tmp_path / "pipe.png").reason
 
 
 @pytest.mark.parametrize("name", PLAIN.values())

@@ -90,7 +90,7 @@ def test_every_cut_of_an_npy_is_refused(tmp_path):
 def test_missing_npy_and_folder(tmp_path):
     with pytest.raises(UserError, match="no such file; write the lists again"):
         npy_layout(tmp_path / "gone.npy")
-    with pytest.raises(UserError, match="not a plain file"):
+    with pytest.raises(UserError, match="not a regular file"):
         npy_layout(tmp_path)
 
 

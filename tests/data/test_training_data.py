@@ -179,7 +179,7 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
         ),
         (
             ("--lr-dir", "/nowhere"),
-            "--lr-dir needs LR files to read; set data.degradation=paired",
+            "--lr-dir has no effect unless LR is read; set data.degradation=paired",
         ),
         (
             ("--lr-dir", "/nowhere", "data.degradation=paired"),
@@ -204,7 +204,7 @@ def test_several_folders_pairs_and_degradations_train(tmp_path: Path) -> None:
             "is not a range [low, high] of numbers within 0.001..50",
         ),
         (("losses.l3=1",), "no loss named 'l3'; did you mean 'l1'?"),
-        (("losses.l1=-1",), "the weight of 'l1' is -1.0, it must be a number above 0"),
+        (("losses.l1=-1",), "the weight of 'l1' is -1.0, but must be a number above 0"),
         (
             ("data.on_error=ignore",),
             "data.on_error: input should be 'stop' or 'skip', not 'ignore'",

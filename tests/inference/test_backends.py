@@ -375,7 +375,7 @@ def test_a_network_file_is_a_model(
     )
     assert_near(found, expected, deep_levels=deep_levels)
     assert "(file used unchanged" in told
-    assert ("uint8: of 16-bit pictures it sees 8 bits" in told) == (name == "bytes.onnx")
+    assert ("uint8: 16-bit pictures are reduced to 8 bits" in told) == (name == "bytes.onnx")
     # what was found out; nothing was converted
     assert {path.suffix for path in alone.iterdir()} == {".json"}
 

@@ -373,7 +373,7 @@ def test_what_stands_in_for_a_bad_file_is_shown(data: Path) -> None:
         (["data.corp=64"], "unknown key; did you mean 'crop'?"),
         (["data.degradation=realesgran"], "did you mean 'realesrgan'?"),
         (["--recipe", "vapsr_x9"], "no recipe 'vapsr_x9'"),
-        (["--lr-dir", "/nowhere"], "--lr-dir needs LR files to read"),
+        (["--lr-dir", "/nowhere"], "--lr-dir has no effect unless LR is read"),
         (["data.crop=64"], "smaller than data.crop 64"),
         (["--frist", 3], "did you mean '--first'?"),
     ],

@@ -99,7 +99,7 @@ def read_header(
 
     `source` is the image's content, a file open for reading, or a `Read` function. With
     `any_format`, formats that only upscale.py reads are accepted too. Raises `BadImageError` if the
-    header is broken or the format or kind of image is not read.
+    header is broken or the format or kind of image is not supported.
     """
     read = reader_of(source)
     head = read(0, 32)

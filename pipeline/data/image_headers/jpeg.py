@@ -68,7 +68,8 @@ def _frame(read: Read, at: int, marker: int) -> ImageHeader:
     depth, height, width, channels = unpack(">BHHB", read, at)
     if depth != 8:
         raise BadImageError(
-            f"a JPEG with {depth} bits per sample; only 8 bits are read: save it as a 16-bit PNG"
+            f"a JPEG with {depth} bits per sample; only 8 bits are supported: "
+            "save it as a 16-bit PNG"
         )
     is_usual = channels == 1 or (
         channels == 3 and _is_usual_sampling(*unpack(">xBxxBxxBx", read, at + 6))

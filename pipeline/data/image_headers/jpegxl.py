@@ -55,7 +55,9 @@ def _depth(bits: _Bits) -> int:
         )
     depth = bits.choice((0, 8), (0, 10), (0, 12), (6, 1))
     if depth > 16:
-        raise BadImageError(f"a JPEG XL with {depth} bits per sample; at most 16 bits are read")
+        raise BadImageError(
+            f"a JPEG XL with {depth} bits per sample; at most 16 bits are supported"
+        )
     return depth
 
 
@@ -88,7 +90,7 @@ def _parse(read: Read) -> ImageHeader:
         if bits(1):  # the intrinsic display size
             _size(bits)
         if bits(1):
-            raise BadImageError("a JPEG XL with a preview is not read; save it as PNG")
+            raise BadImageError("a JPEG XL with a preview is not supported; save it as PNG")
         if bits(1):  # an animation's rate and loop count
             bits.choice((0, 100), (0, 1000), (10, 1), (30, 1))
             bits.choice((0, 1), (0, 1001), (8, 1), (10, 1))
@@ -123,7 +125,8 @@ def _alpha(bits: _Bits) -> bool | None:
         bits(8 * bits.choice((0, 0), (4, 0), (5, 16), (10, 48)))  # its name
         if kind != 0:
             raise BadImageError(
-                "a JPEG XL with channels other than colour and alpha is not read; save it as PNG"
+                "a JPEG XL with channels other than colour and alpha is not supported; save it as "
+                "PNG"
             )
         found = bool(bits(1))
     return found
@@ -145,7 +148,7 @@ def _colors(bits: _Bits) -> tuple[bool, bool]:
         if white == 1 and primaries == 1 and transfer in (_SRGB, _LINEAR):
             return space == 1, transfer == _LINEAR
     raise BadImageError(
-        "a JPEG XL in a colour space other than sRGB is not read; convert it to sRGB"
+        "a JPEG XL in a colour space other than sRGB is not supported; convert it to sRGB"
     )
 
 

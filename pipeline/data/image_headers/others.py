@@ -235,7 +235,7 @@ def _codestream(
     if depth > 16:
         raise BadImageError(
             "a JPEG 2000 image with signed samples, mixed depths or more than 16 bits per sample "
-            "is not read; save it with 8 or 16 bits"
+            "is not supported; save it with 8 or 16 bits"
         )
     at += 4 + size
     while True:

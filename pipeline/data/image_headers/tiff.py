@@ -57,17 +57,19 @@ def _parse(read: Read) -> ImageHeader:
         )
     if compression not in _COMPRESSIONS and compression != 6:
         raise BadImageError(
-            f"TIFF compression {compression} is not read; save it with LZW or deflate"
+            f"TIFF compression {compression} is not supported; save it with LZW or deflate"
         )
     if kind not in _DEPTHS:
-        raise BadImageError(f"TIFF colours of kind {kind} (tag 262) are not read; save it as RGB")
+        raise BadImageError(
+            f"TIFF colours of kind {kind} (tag 262) are not supported; save it as RGB"
+        )
     if depth not in _DEPTHS[kind]:
         what = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}[
             kind
         ]
         raise BadImageError(
             f"a {what} TIFF with {depth or 'mixed'} bits per sample; only "
-            f"{', '.join(map(str, _DEPTHS[kind]))} bits are read: save it with 8 or 16"
+            f"{', '.join(map(str, _DEPTHS[kind]))} bits are supported: save it with 8 or 16"
         )
     turned = tags.get(274, (1,))[0]
     # Other tiled TIFFs fail in DALI for some tile sizes.
