@@ -56,6 +56,7 @@ class Guard:
 
         Returns its exit status as a shell reports it, or 1 if the supervisor cannot be reached.
         """
+        # DeepSpeed's launcher stops its children by SIGTERM. The rank then gets the chance to save.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._stop, GRACE_SECONDS)
         try:
@@ -106,7 +107,9 @@ class Guard:
             # The last output may still be in the pipes. Do not wait for their end: a process that
             # the child left behind can hold them open for as long as it lives.
             await asyncio.to_thread(_join, copies, LAST_WORDS_SECONDS)
-            self._signal(signal.SIGKILL)  # any processes that the child has left behind
+            # Processes that the child has left behind: it began a session of its own, so they are
+            # in its group.
+            self._signal(signal.SIGKILL)
             await asyncio.to_thread(_join, copies, 1)
             for chore in chores:
                 chore.cancel()
@@ -174,6 +177,8 @@ class Guard:
             self._place.local_size or 1, on_gpu=gpus.may_have_gpu() and not gpus.is_cpu_wanted()
         )
         directory = self._task["directory"]
+        # The rank gets a session of its own, so that one signal reaches it and its children. It
+        # dies with its guard, because nobody else could stop it.
         return subprocess.Popen(
             [sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
             env={**variables, launcher.GUARDED: "1"},
@@ -182,6 +187,7 @@ class Guard:
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=launcher.end_with_parent,
+            # A host need not have the folder in which the run was started.
             cwd=directory if os.path.isdir(directory) else None,
         )
 
@@ -194,8 +200,10 @@ class Guard:
         loop, descriptor = asyncio.get_running_loop(), stream.fileno()
 
         def copy() -> None:
+            # A read may end within a character.
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
             while True:
+                # Returns what is there, whereas a buffered stream would wait for more.
                 data = os.read(descriptor, 1 << 16)
                 with suppress(OSError, ValueError):  # a full disk must not stop the rank
                     log.write(data)
@@ -206,6 +214,8 @@ class Guard:
                 if not data:
                     return
 
+        # Threads, because writing to a slow disk blocks: the event loop must go on sending signs of
+        # life.
         thread = Thread(target=copy, daemon=True)
         thread.start()
         return thread
@@ -226,11 +236,15 @@ class Guard:
             self._heard = time.monotonic()
             if "stop" in message:
                 self._stop(float(message["stop"]))
-        self._stop(ORPHAN_SECONDS)  # the supervisor is gone
+        # The supervisor is gone, but the other ranks may live. Their guards have lost it, too, and
+        # all have time to save together.
+        self._stop(ORPHAN_SECONDS)
 
     async def _watch(self, writer: asyncio.StreamWriter) -> None:
         while True:
             messages.send(writer, {"beat": 0})
+            # Most likely the network is down. Ranks then cannot agree on a save, so they get less
+            # time.
             if time.monotonic() - self._heard > messages.SILENCE_SECONDS:
                 self._stop(GRACE_SECONDS)
             if time.monotonic() > self._kill_at:
@@ -243,9 +257,11 @@ class Guard:
 
         A later call can only shorten the time left.
         """
+        # There is no rank yet that could save.
         if self._child is None:
             sys.exit(128 + signal.SIGTERM)
         if self._kill_at == float("inf"):
+            # Only once: a second signal would tell the rank nothing new.
             self._signal(signal.SIGTERM)
         self._kill_at = min(self._kill_at, time.monotonic() + grace)
 
@@ -269,8 +285,11 @@ def _join(threads: Iterable[Thread], seconds: float) -> None:
 
 def main() -> int:
     task = messages.unpack(sys.argv[1])
-    launcher.end_with_parent(signal.SIGTERM)  # the parent is DeepSpeed's launcher on this host
-    with suppress(OSError, ValueError):  # many ranks open many connections
+    # The parent is DeepSpeed's launcher on this host. If it is killed by SIGKILL, it stops nobody,
+    # and its ranks would train on.
+    launcher.end_with_parent(signal.SIGTERM)
+    # Many ranks open many connections.
+    with suppress(OSError, ValueError):
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
         )

@@ -127,6 +127,9 @@ class Supervisor:
             loop.add_signal_handler(number, self._interrupted, number)
         # Stopped by CTRL+Z, this process would look like a lost node to the ranks.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        # The launcher gets a session of its own, so that CTRL+C reaches only this process, which
+        # asks the guards to save. DeepSpeed's launcher would react by killing by name, other users'
+        # runs included.
         launcher = await asyncio.create_subprocess_exec(
             *command,
             env=dict(variables),
@@ -148,6 +151,7 @@ class Supervisor:
             _kill_tree(launcher.pid)
             # asyncio would close it after the loop has ended, and print a traceback
             launcher._transport.close()
+            # Not for longer: a terminal that nobody reads must not keep the job from ending.
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:
@@ -162,6 +166,7 @@ class Supervisor:
                 or time.monotonic() > self._failed_at + TOGETHER_SECONDS
                 or all(rank.status is not None for rank in self._ranks)
             )
+        # Guards have had time to kill their ranks and to report. Hosts that are gone never will.
         if self._end_at is not None and time.monotonic() > self._end_at:
             return True
         # ranks that never reported end together with the launcher
@@ -216,8 +221,12 @@ class Supervisor:
             self._speaker.say(self.log, str(message["note"]))
         elif "exit" in message:
             rank.status, rank.tail = int(message["exit"]), str(message.get("tail", ""))
+            # The guard says how long ago its rank ended: a report waits for the last output, and
+            # the clocks of hosts differ. The order of the ends shows the cause.
             rank.ended = time.monotonic() - float(message.get("ago", 0.0))
             rank.is_overdue = bool(message.get("overdue"))
+            # After CTRL+C, ranks end with SIGTERM's status once they have saved, which is no
+            # failure. `_settle` names those that had to be killed.
             if rank.status != 0 and not (
                 self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)
             ):
@@ -237,6 +246,7 @@ class Supervisor:
                 elif now - rank.beat_sent > messages.BEAT_SECONDS:
                     rank.beat_sent = now
                     messages.send(rank.writer, {"beat": 0})
+        # Once the launcher has ended, no further guard can start.
         missing = [rank for rank in self._ranks if rank.writer is None and not rank.has_ended]
         if missing and (now - self._began > START_SECONDS or self._launcher_status is not None):
             for rank in missing:
@@ -284,6 +294,8 @@ class Supervisor:
             host = self._labels.get(end[1], "") if end else ""
             if end and any(rank.host == host and not rank.has_ended for rank in self._ranks):
                 self._launcher_says.setdefault(host, []).append(end[2] + "\n")
+                # Not at once: the guards' last messages, which contain exit statuses, may arrive
+                # after ssh's end.
                 asyncio.get_running_loop().call_later(TOGETHER_SECONDS / 2, self._host_ended, host)
         self._launcher_status = await launcher.wait()
 
@@ -356,8 +368,11 @@ class Supervisor:
                 if _is_signal(rank.status)
                 else f"ended with status {rank.status}"
             )
+            # faulthandler's first word: the rank was ended by its watchdog.
             if "Timeout (" in rank.tail:
                 how = self._hung(rank)
+            # Status 2 stays, because bad input is the same on the next attempt: `--max-restarts`
+            # does not try it again.
             return Failure(f"{rank} {how}", rank.tail, 2 if rank.status == 2 else 1)
         if rank.writer is None:
             what = (
@@ -464,6 +479,8 @@ def _kill_tree(pid: int) -> None:
     """
     with suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(pid)
+        # All are listed before the first is killed: later they would no longer be the launcher's
+        # descendants.
         for process in (launcher, *launcher.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -476,6 +493,7 @@ def _is_signal(status: int) -> bool:
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
     """Yield the lines of a stream; lines above the size of a message are split."""
     rest = b""
+    # Not by `readline`, which raises for a line that is longer than its limit.
     while data := await stream.read(1 << 16):
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:

@@ -72,14 +72,22 @@ def newest_whole(
     of the way of the next save. Raises `UserError` if all checkpoints are damaged. All ranks call
     it together.
     """
+    # Only the first rank changes the folder, and before anybody lists it.
     ranks.on_all_ranks(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
+    # The first rank's list counts: a network disk may show other hosts an older one. Checkpoints
+    # are ordered by step and never by time, since the clocks of hosts differ.
     steps = ranks.agree(checkpoint_steps(run_dir))
     damaged = []
     for step in reversed(steps):
         folder = checkpoint_dir(run_dir, step)
+        # Every host reads for itself, because a disk may be readable on one host and not on
+        # another. All agree on errors of the disk, which are not damage, and then on what is
+        # damaged.
         fault = ranks.on_all_ranks(lambda folder=folder: damage(folder) if sees_run_dir else "")
         faults = [fault for fault in ranks.gather(fault) if fault]
         if not faults:
+            # Renamed only now that an intact one is found: a run that refuses to start changes
+            # nothing.
             for other in damaged if ranks.is_first else ():
                 shutil.rmtree(other.with_name(f"damaged-{other.name}"), ignore_errors=True)
                 other.rename(other.with_name(f"damaged-{other.name}"))
@@ -114,6 +122,8 @@ def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress
     files = read_manifest(run_dir, step)["files"] if ranks.is_first else {}
     with local_copy(folder, files, contents.sees_run_dir, ranks) as place:
         progress = _load(place, contents, ranks)
+    # Ranks may have read different copies or different shards. Ranks with different weights would
+    # train on without an error, because they only exchange gradients.
     hashes = ranks.gather([weight_hash(engine.module) for engine in contents.engines.values()])
     if any(other != hashes[0] for other in hashes):
         raise RuntimeError(f"ranks disagree on the weights of step {step} after loading: {hashes}")
@@ -127,7 +137,8 @@ def _load(folder: Path, contents: Contents, ranks: Ranks) -> Progress:
     contents.ema.network.load_state_dict(averaged)
     contents.ema.num_updates = json.loads((folder / STATE_FILE).read_text())["ema_updates"]
     states = folder / f"random-rank-{ranks.rank:05d}.pt"
-    if states.is_file():  # a rank that did not exist when it was saved keeps its fresh states
+    # A rank that did not exist when the checkpoint was saved keeps its fresh states.
+    if states.is_file():
         restore_random_states(torch.load(states, weights_only=True))
     return progress_in(folder)
 

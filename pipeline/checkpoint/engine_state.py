@@ -75,6 +75,7 @@ def reshard(
     new, result = layouts(current, new_shapes), {}
     for old_rank, shard in enumerate(shards):
         old = layouts(shard, old_shapes)
+        # Compared as sets, since the order within a group depends on the number of ranks.
         if [group.places.keys() for group in old] != [group.places.keys() for group in new]:
             raise RuntimeError(
                 "the parameters in the checkpoint's ZeRO shards differ from this network's"
@@ -83,6 +84,8 @@ def reshard(
             result = _empty_shard(shard, old, current, new)
         for group, (before, after) in enumerate(zip(old, new, strict=True)):
             pairs = list(_flat_pairs(shard, result, group, before.part))
+            # The optimizer's moments are cut in the same places as the weights, so the same offsets
+            # serve both.
             for source, target, count in _overlaps(before, old_rank, after, rank):
                 for old_part, new_part in pairs:
                     new_part[target : target + count].copy_(old_part[source : source + count])
@@ -95,6 +98,9 @@ def _overlaps(
     """Yield (offset in the old part, offset in the new part, elements) of each shared range."""
     for name, (source, count) in old.places.items():
         target = new.places[name][0]
+        # Part r of the flat tensor holds the elements from r * part on. What a parameter has in
+        # common with an old and a new part is the intersection of three intervals, here counted
+        # from its first element.
         first = max(0, old_rank * old.part - source, new_rank * new.part - target)
         last = min(count, (old_rank + 1) * old.part - source, (new_rank + 1) * new.part - target)
         if first < last:
@@ -247,11 +253,14 @@ class _LoadedFiles(_CheckpointFiles):
         folder, name = os.path.split(path)
         shard = SHARD.fullmatch(name)
         if shard and self._num_shards != dist.get_world_size():
+            # With another number of ranks the file of this rank may not exist, or holds other
+            # elements.
             return {"optimizer_state_dict": self._reshard(folder, shard)}
         state = _read(path, map_location)
         if "dp_world_size" in state:
             self._num_shards, self._shapes = state["dp_world_size"], state.get("param_shapes") or []
-            state["dp_world_size"] = dist.get_world_size()  # DeepSpeed refuses any other number
+            # DeepSpeed refuses any other number of ranks. What depends on it is resharded above.
+            state["dp_world_size"] = dist.get_world_size()
         return state
 
     def _reshard(self, folder: str, wanted: re.Match[str]) -> dict[str, Any]:
@@ -273,6 +282,9 @@ class _LoadedFiles(_CheckpointFiles):
 
 
 def _read(path: str, map_location: Any) -> Any:
+    # DeepSpeed's own loader unpickles whatever a file contains, so that a checkpoint from elsewhere
+    # could run code here. With `weights_only`, nothing is built but tensors, plain values and
+    # these types.
     with torch.serialization.safe_globals(_deepspeed_types()):
         return torch.load(path, map_location=map_location, weights_only=True)
 

@@ -113,12 +113,19 @@ class Saver:
         """
         assert self._thread is None, "wait() must be called before the next save"
         final = checkpoint_dir(self._run_dir, progress.step)
+        # Only the first rank looks. The others may not see the folder, or not yet, and all must
+        # decide the same: a rank that returned alone would leave the others waiting.
         if self._ranks.agree(self._ranks.is_first and _is_saved(final, progress)):
             return
+        # The preparation allocates the same memory that the copy is made into.
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
-        moment = self._capture(progress)  # runs the engines' own collectives
+        # Capturing runs the engines' own collectives, so the training thread must do it. After the
+        # copy, training may change weights and moments again.
+        moment = self._capture(progress)
+        # A host that has no memory for the copy fails the save on all ranks here, before any of
+        # them starts a thread that would wait for it.
         _attempt_on_all_ranks(moment.snapshot.copy, self._ranks, progress.step)
         self._thread = threading.Thread(
             target=self._write, args=(moment,), name="checkpoint", daemon=True
@@ -153,6 +160,7 @@ class Saver:
         states: dict[str, Frozen] = {}
         for name, engine in contents.engines.items():
             states |= capture_engine(engine, name, snapshot)
+        # Weights and their averages are the same on all ranks, so the first rank's copy is enough.
         networks = {}
         if self._ranks.is_first:
             modules = {
@@ -186,6 +194,8 @@ class Saver:
         final = checkpoint_dir(self._run_dir, step)
         aside = final.with_name(f".tmp-{final.name}")
         try:
+            # Each of the following steps ends with an agreement: if one rank fails, all raise. A
+            # rank that gave up alone would leave the others waiting for its files.
             with ExitStack() as stack:
                 own = _attempt_on_all_ranks(
                     lambda: _make_folders(aside, contents, writers, stack), writers, step
@@ -196,21 +206,30 @@ class Saver:
                 _raise_if_any_failed(
                     collect(own, aside, contents.sees_run_dir, writers), writers, step
                 )
+                # What all ranks have written. The first rank waits until its own view of the folder
+                # shows it: a network disk may show a file late, and what is not seen would not be
+                # in the manifest.
                 written = set().union(
                     *writers.gather(_names(aside) if contents.sees_run_dir else set())
                 )
+                # Only the first rank commits. The others wait for the outcome, so that no rank
+                # believes in a checkpoint that does not exist.
                 commit = partial(_commit, aside, final, moment.progress, contents, writers, written)
                 _attempt_on_all_ranks(commit if writers.is_first else lambda: None, writers, step)
         except SaveError:
+            # All ranks have reached this point, so none writes into the folder any more.
             if writers.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
+        # Only now that the new checkpoint is committed: a kill between removing and writing must
+        # not leave fewer than `keep`.
         if writers.is_first:
             prune(self._run_dir, self._keep, moment.progress.best_step)
 
 
 def _reserve(snapshot: Snapshot) -> None:
-    with suppress(OSError, RuntimeError):  # if memory is short, the save itself reports it
+    # If memory is short, the save itself reports it.
+    with suppress(OSError, RuntimeError):
         snapshot.reserve()
 
 
@@ -222,7 +241,10 @@ def _attempt_on_all_ranks(action: Callable[[], Result], ranks: Ranks, step: int)
     failure, result = "", None
     try:
         result = action()
-    except (OSError, RuntimeError, MemoryError) as error:  # torch: RuntimeError for a full disk
+    except (OSError, RuntimeError, MemoryError) as error:
+        # A full disk, for which torch raises RuntimeError, or too little memory: any host may have
+        # these, and the run can go on without this checkpoint. Any other error is a mistake in the
+        # program and ends the run.
         failure = str(error) or type(error).__name__
     _raise_if_any_failed(failure, ranks, step)
     return cast(Result, result)
@@ -243,9 +265,13 @@ def _is_saved(final: Path, progress: Progress) -> bool:
 def _make_folders(aside: Path, contents: Contents, ranks: Ranks, stack: ExitStack) -> Path:
     """Return the folder this rank writes into: `aside`, or a private one if it cannot see that."""
     if ranks.is_first:
+        # No other save is in progress: the run folder is locked, and saves come one after the
+        # other.
         _remove_unfinished(aside.parent)
     own = aside if contents.sees_run_dir else private_folder(stack)
     for name in contents.engines:
+        # A folder that ranks share is made by the first. The agreement that follows makes the
+        # others wait for it.
         if ranks.is_first or not contents.sees_run_dir:
             (own / name).mkdir(parents=True)
     return own
@@ -313,8 +339,12 @@ def _commit(
     written: set[str],
 ) -> None:
     _wait_for(aside, written)
+    # Ranks have flushed what they wrote here themselves, but state.json and the files that came
+    # from other hosts have not been flushed yet.
     for path in (p for p in aside.rglob("*") if p.is_file()):
         flush(path)
+    # The manifest comes last: a folder without it does not count as a checkpoint. Its hashes later
+    # show damage that loading would not notice, such as a flipped bit in a tensor.
     manifest = {
         "step": progress.step,
         "world_size": ranks.world_size,
@@ -323,11 +353,18 @@ def _commit(
     }
     (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
     flush(aside / MANIFEST_FILE)
+    # Flushing a file does not store its name, which belongs to its folder.
     for folder in [aside, *(p for p in aside.rglob("*") if p.is_dir())]:
         flush(folder)
+    # This step may have been saved before, without the validation that followed. A folder cannot be
+    # renamed onto one that is not empty, so the old one steps aside first. After a kill between the
+    # two renames, `checkpoint._finish_replacing` puts it back.
     replaced = final.with_name(f".old-{final.name}")
     if final.exists():
         os.rename(final, replaced)
+    # This is the commit. All content is on the disk before it: otherwise a power cut could leave
+    # the final name with incomplete files behind it.
     os.rename(aside, final)
+    # The renames themselves are stored in the parent.
     flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -41,6 +41,8 @@ class HostMemory:
             # Free the old memory before allocating the new.
             self._room = torch.empty(0, dtype=torch.uint8)
             self._room = (
+                # A copy from a GPU is only queued if the memory is pinned. Otherwise the training
+                # thread would wait for it.
                 torch.empty(size, dtype=torch.uint8, pin_memory=True)
                 if is_pinned
                 else _huge_pages(size)
@@ -57,6 +59,7 @@ def _huge_pages(size: int) -> Tensor:
     memory = mmap.mmap(-1, size)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the mapping alive.
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -110,6 +113,9 @@ class Snapshot:
         _, size, gpu = self._sources()
         with _on(gpu):
             room = self._memory.room(size, is_pinned=gpu is not None)
+        # Allocating reserves addresses only. The kernel provides a page when it is first written,
+        # which takes several times as long as the copy (0.25 s against 0.04 for a checkpoint of 335
+        # MB).
         ctypes.memset(room.data_ptr(), 0, size)
 
     def copy(self) -> None:
@@ -118,14 +124,19 @@ class Snapshot:
         Raises `OSError` or `RuntimeError` if the host has not enough memory.
         """
         sources, size, gpu = self._sources()
+        # The memory is that of the snapshot before, whose file must be complete: `Saver` waits for
+        # it. A copy made earlier would mix two steps in one file, whose hashes would still be
+        # right.
         self._room = self._memory.room(size, is_pinned=gpu is not None)
         for tensor, start in sources:
             storage = tensor.untyped_storage()
             if tensor.get_device() < 0:
-                # torch would split each copy among all threads, and synchronising them takes longer
-                # than the copy.
+                # torch would share each copy among all threads. There are thousands of small
+                # copies, and waiting for each other at each took 1.3 to 2.7 CPU seconds instead of
+                # 0.04.
                 ctypes.memmove(self._room.data_ptr() + start, storage.data_ptr(), storage.nbytes())
             else:
+                # The storage's bytes, whatever the dtype, shape and strides of the tensors in it.
                 content = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 self._room[start : start + len(content)].copy_(content, non_blocking=True)
         if gpu is not None:
@@ -133,6 +144,8 @@ class Snapshot:
             # the host wait for this event.
             self._copied = torch.cuda.Event()
             self._copied.record()
+        # Let go of the originals: some exist only for this checkpoint, and would occupy the
+        # device's memory until its file is written.
         self._tensors, self._numbers = [], {}
 
     def _sources(self) -> tuple[list[tuple[Tensor, int]], int, torch.device | None]:
@@ -148,6 +161,7 @@ class Snapshot:
         for tensor in self._tensors:
             storage = tensor.untyped_storage()
             length, device = storage.nbytes(), tensor.get_device()
+            # Tensors that share a storage, such as views of ZeRO's flat buffers, are copied once.
             start = starts.setdefault((device, storage.data_ptr(), length), size)
             if start == size and length:
                 sources.append((tensor, start))

@@ -58,8 +58,10 @@ def collect(own: Path, to: Path, sees: bool, ranks: Ranks) -> str:
     only at the end, so that no rank waits for one that has failed.
     """
     disk = _Disk()
+    # A rank that cannot even list its files announces none, so that the first rank expects none.
     listings = ranks.gather({} if sees else disk.attempt(lambda: describe(own)) or {})
     failure = disk.failure
+    # All ranks walk the same listings in the same order, so that each send meets its receive.
     for source, files in enumerate(listings):
         for name, expected in files.items():
             if ranks.is_first:
@@ -74,6 +76,8 @@ def collect(own: Path, to: Path, sees: bool, ranks: Ranks) -> str:
                 )
             else:
                 trouble = ""
+            # Go on after a failure: the other side does not know of it yet, and waits for the bytes
+            # that were announced.
             failure = failure or trouble
     return failure
 
@@ -96,13 +100,16 @@ def local_copy(
         # The first folder that this host has serves all its ranks.
         mine = folder if sees else next(place for place in places if place.is_dir())
         keepers = [rank for rank, keeps in enumerate(ranks.gather(mine == own)) if keeps]
+        # All ranks take part in making a group, whether or not they are in it.
         group = dist.new_group([0, *keepers], backend="gloo")
         failure = ""
         if ranks.is_first or mine == own:
             failure = _broadcast(folder if ranks.is_first else mine, files, group)
+        # Before anybody reads: a rank with an incomplete copy must not start to load it.
         _raise_together(failure, ranks)
         yield mine
-        ranks.gather(None)  # wait until all have read
+        # Wait until all have read: the copy, which serves all ranks of a host, is deleted next.
+        ranks.gather(None)
 
 
 def _broadcast(
@@ -157,6 +164,8 @@ def _send_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor],
     with contextlib.ExitStack() as stack:
         file = disk.attempt(lambda: stack.enter_context(open(path, "rb")))
         for piece in _pieces(expected["size"]):
+            # After a failure the piece keeps old bytes. The receiver's hash tells that they are
+            # wrong.
             disk.attempt(lambda piece=piece: file.readinto(piece.numpy()))
             move(piece)
     return disk.failure
@@ -170,6 +179,8 @@ def _receive_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tenso
     disk, content = _Disk(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         disk.attempt(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        # Exclusive: if two ranks had files of the same name, one would overwrite the other's
+        # without notice.
         file = disk.attempt(lambda: stack.enter_context(open(path, "xb", buffering=0)))
         for piece in _pieces(expected["size"]):
             move(piece)

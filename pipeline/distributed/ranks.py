@@ -91,6 +91,9 @@ class Ranks:
         rank, as `UserError` (which includes `OSError`s) or `RunError`, and the other ranks exit
         with its status.
         """
+        # These are errors that a user can do something about, so one rank's message is enough. Any
+        # other exception is a mistake in the program: this rank ends with its traceback, and the
+        # others notice that in `reach_ranks`.
         complaint, result = None, None
         try:
             result = action()
@@ -103,6 +106,7 @@ class Ranks:
             text, is_input = complaints[0]
             if self.is_first:
                 raise UserError(text) if is_input else RunError(text)
+            # Without a word, as the first rank prints the message.
             sys.exit(2 if is_input else 1)
         return cast(Result, result)
 
@@ -121,7 +125,8 @@ class Ranks:
             deadline = time.monotonic() + seconds
             while not (is_seen := mark.exists()) and time.monotonic() < deadline:
                 time.sleep(0.2)
-            self.gather(None)  # wait until all have looked
+            # Wait until all have looked, before the file is removed.
+            self.gather(None)
         finally:
             if self.is_first:
                 mark.unlink(missing_ok=True)
@@ -151,11 +156,15 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     if the ranks do not find each other.
     """
     info = find_rank_info()
+    # Slurm and Open MPI have other names for what torch, DeepSpeed and Accelerate read from these
+    # variables.
     os.environ.update(info.variables())
     if LAUNCHER in os.environ or info.launcher not in ("", BY_HAND):
         # SIGKILL under a guard: without it a rank cannot save, because all others are ended as
         # well, and a stopped process would not react to SIGTERM.
         end_with_parent(signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)
+    # Before the groups are made: by itself Gloo uses the address that the host's own name leads to,
+    # on Debian 127.0.1.1, to which no other host can connect.
     interface = choose_interface(info)
     device = _device(info)
     if device.type == "cpu":
@@ -173,6 +182,7 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     bound = device if by_nccl and info.world_size > 1 else None
     try:
         dist.init_process_group("nccl" if by_nccl else "gloo", timeout=timeout, device_id=bound)
+        # Flags must not travel over NCCL, which would queue them behind the GPU's work.
         control = dist.new_group(backend="gloo", timeout=timeout)
     except dist.DistError as error:
         raise RunError(

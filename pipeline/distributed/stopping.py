@@ -82,7 +82,8 @@ class StopSignals:
     def _note(self, number: int, _frame: Any) -> None:
         if not self.is_patient:
             self._say("stopped before the first step; there is nothing to save")
-            os._exit(128 + number)  # an exception could interrupt compilation halfway
+            # An exception could interrupt compilation halfway.
+            os._exit(128 + number)
         self._noted = self._noted or number
 
 
@@ -103,7 +104,12 @@ class Agreement:
         """
         if self._ranks.world_size == 1:
             return request
+        # The exchange of the step before has had a whole step's time, so this hardly ever waits. To
+        # wait for this step's own exchange would let every step take as long as the slowest
+        # message, and would keep this host from queueing the next step while its GPU computes.
         agreed = self.finish()
+        # One integer, in which the kind counts before the signal, so that one maximum decides both.
+        # Its memory belongs to the exchange until that is done.
         value = torch.tensor(request.kind * NUM_SIGNALS + request.signal)
         self._pending = (
             dist.all_reduce(value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True),
@@ -151,10 +157,13 @@ class Watchdog:
     def feed(self, *, only_if_armed: bool = False) -> None:
         """Report progress. `only_if_armed`: ignore it before the first full step."""
         now = time.monotonic()
+        # The half hour since `begin` still holds: the first step may compile for minutes.
         if only_if_armed and not self._is_armed:
             return
         self._is_armed = True
         if self._seconds and now - self._fed > min(EVERY_SECONDS, self._seconds / 10):
+            # Each call ends faulthandler's thread and starts another, so it is not made for every
+            # micro-batch.
             self._fed = now
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
 

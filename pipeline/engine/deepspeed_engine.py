@@ -69,6 +69,8 @@ class DeepSpeedEngine:
                 )
                 for pair in zip(*groups, strict=True)
             ]
+            # The moving average is of the FP32 masters: in 16 bits, rounding would swallow most of
+            # its small changes.
             masters = {id(half): master.detach() for half, master in pairs}
             self.weights = [masters.get(id(parameter), parameter) for parameter in self.weights]
         if not inner.zero_optimization():
@@ -168,6 +170,8 @@ class DeepSpeedEngine:
         """Check the gradient at FP32 and ZeRO stage 0; otherwise DeepSpeed does so in `step`."""
         if self._found_nonfinite is None or self._nonfinite_steps is None:
             return
+        # The gradients are summed over ranks already, so all ranks find the same norm. It stays on
+        # the device: FP32 steps never wait for it.
         norms = torch._foreach_norm(
             [p.grad for p in self.module.parameters() if p.grad is not None]
         )
@@ -247,6 +251,7 @@ def _initialise(
             lr_scheduler=build_schedule,
             dist_init_required=False,
         )
+    # `UserError` is a ValueError, but already says what to do.
     except UserError:
         raise
     except (
@@ -303,6 +308,8 @@ class LossScaling:
 
     def finish(self) -> float:
         """Finish an update: raise the scale if it is time; return the norm before clipping."""
+        # First the norm: its gradients were scaled by this update's factor, which may be raised
+        # below.
         norm = float(self._optimizer._global_grad_norm) / self.scale
         if not self._optimizer.overflow:
             self._update_scale(False)
@@ -330,12 +337,15 @@ class ForeachUpdate:
         halves = [
             half.grad if half.grad is not None else torch.zeros_like(half) for half in self._halves
         ]
+        # Into memory that is kept: the optimizer needs FP32 gradients in every update.
         torch._foreach_copy_(gradients, halves)
         norm = float(torch.stack(torch._foreach_norm(gradients)).norm())  # includes the loss scale
         optimizer.overflow = not math.isfinite(norm)
         if optimizer.overflow:
             return optimizer._skip_invalid_grad_norm()
         optimizer._global_grad_norm = norm
+        # DeepSpeed raises the scale here, before it divides by it. `LossScaling` has replaced this
+        # function and raises the scale after the update.
         optimizer._update_scale(False)
         torch._foreach_mul_(
             gradients, 1.0 / optimizer.unscale_and_clip_grads(norm, apply_scale=False)
