@@ -150,6 +150,8 @@ class Guard:
         try:
             log = _open(Path(self._task["logs"]), name)
         except OSError:
+            # Rank 0 runs where the run folder is. If its log cannot be created beside that, the
+            # run could not save anything, either.
             if self._rank == 0:
                 raise
             folder = Path(tempfile.mkdtemp(prefix="vastscale-logs-"))
@@ -178,7 +180,8 @@ class Guard:
         )
         directory = self._task["directory"]
         # The rank gets a session of its own, so that one signal reaches it and its children. It
-        # dies with its guard, because nobody else could stop it.
+        # dies with its guard, because nobody else could stop it. -u: what it printed last is in the
+        # pipe even if it is killed.
         return subprocess.Popen(
             [sys.executable, "-u", str(ROOT / "train.py"), *self._task["arguments"]],
             env={**variables, launcher.GUARDED: "1"},
@@ -205,9 +208,11 @@ class Guard:
             while True:
                 # Returns what is there, whereas a buffered stream would wait for more.
                 data = os.read(descriptor, 1 << 16)
-                with suppress(OSError, ValueError):  # a full disk must not stop the rank
+                # A full disk must not stop the rank.
+                with suppress(OSError, ValueError):
                     log.write(data)
-                with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                # RuntimeError: the loop is closed, and nobody listens any more.
+                with suppress(RuntimeError):
                     loop.call_soon_threadsafe(
                         self._forward, writer, name, decoder.decode(data, final=not data)
                     )

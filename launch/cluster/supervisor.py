@@ -105,7 +105,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         self._ranks = [Rank(number, host) for number, host in enumerate(self.hosts)]
         first_parts = [host.partition(".")[0] for host in dict.fromkeys(self.hosts)]
-        # pdsh omits a domain that all hosts share
+        # pdsh omits a domain that all hosts share.
         self._labels = {
             part: host
             for part, host in zip(first_parts, dict.fromkeys(self.hosts), strict=True)
@@ -141,6 +141,7 @@ class Supervisor:
         )
         reading = asyncio.create_task(self._read_launcher(launcher))
         try:
+            # Deadlines and silence cause no event, so they are looked for ten times a second.
             while not self._is_over():
                 self._look()
                 await asyncio.sleep(0.1)
@@ -149,7 +150,7 @@ class Supervisor:
         finally:
             reading.cancel()
             _kill_tree(launcher.pid)
-            # asyncio would close it after the loop has ended, and print a traceback
+            # asyncio would close it after the loop has ended, and print a traceback.
             launcher._transport.close()
             # Not for longer: a terminal that nobody reads must not keep the job from ending.
             await asyncio.to_thread(self._speaker.finish, 2)
@@ -169,7 +170,7 @@ class Supervisor:
         # Guards have had time to kill their ranks and to report. Hosts that are gone never will.
         if self._end_at is not None and time.monotonic() > self._end_at:
             return True
-        # ranks that never reported end together with the launcher
+        # Ranks that never reported end together with the launcher.
         absent = all(rank.has_ended or rank.writer is None for rank in self._ranks)
         return self._launcher_status is not None and absent and self._failed_at is not None
 
@@ -188,6 +189,8 @@ class Supervisor:
         if rank is None:
             writer.close()
         elif rank.status is None:
+            # A guard reports the exit status of its rank before it closes the connection. Without
+            # one, the guard itself or its host is gone.
             rank.is_lost, rank.ended = True, time.monotonic()
             self._fail()
 
@@ -206,6 +209,8 @@ class Supervisor:
         rank.writer = writer
         if not self.names_are_ranks:
             rank.host = str(message.get("host", rank.host))
+        # The task travels here and not in the guard's command line, which every user of the host
+        # can read: its environment may contain keys.
         messages.send(writer, {"task": dict(self.task)})
         if self._end_at is not None:  # the job is being stopped already
             messages.send(writer, {"stop": max(0.0, self._end_at - time.monotonic())})
@@ -240,6 +245,8 @@ class Supervisor:
             if rank.has_ended:
                 continue
             if rank.writer is not None:
+                # The connection to a host that is gone stays open for many minutes. Only missing
+                # messages show that nobody is at its other end.
                 if now - rank.heard > messages.SILENCE_SECONDS:
                     rank.is_lost, rank.is_silent, rank.ended = True, True, now
                     self._fail()
@@ -273,7 +280,8 @@ class Supervisor:
         deadline = time.monotonic() + grace
         if self._end_at is not None and self._end_at <= deadline + END_SECONDS:
             return
-        self._end_at = deadline + END_SECONDS  # the guards need a moment to kill and to report
+        # The guards need a moment to kill and to report.
+        self._end_at = deadline + END_SECONDS
         for rank in self._ranks:
             if rank.writer is not None and not rank.has_ended:
                 messages.send(rank.writer, {"stop": grace})
@@ -339,7 +347,7 @@ class Supervisor:
             rank for rank in failed if rank.ended <= self._failed_at + TOGETHER_SECONDS
         ] or failed
         candidates = [rank for rank in first if self._speaks_for_itself(rank)]
-        # a cut cable may break connections long before a host counts as silent
+        # A cut cable may break connections long before a host counts as silent.
         candidates = candidates or [rank for rank in failed if rank.is_silent]
         if not candidates and self._ssh_ended:
             self.failure = Failure(
@@ -466,7 +474,8 @@ class _Speaker:
     def _write(self) -> None:
         while True:
             stream, text = self._waiting.get()
-            with suppress(Exception):  # a full disk or a closed terminal must not end the job
+            # A full disk or a closed terminal must not end the job.
+            with suppress(Exception):
                 stream.write(text)
                 stream.flush()
             self._waiting.task_done()

@@ -108,8 +108,11 @@ def _finish_replacing(run_dir: Path) -> None:
     for replaced in (run_dir / CHECKPOINTS_DIR).glob(".old-step-*"):
         final = replaced.with_name(replaced.name.removeprefix(".old-"))
         if final.exists():
+            # The new folder is in place; only the removal of the old one is missing.
             shutil.rmtree(replaced)
         else:
+            # The new folder never got its name. It is removed by the next save; the old one is
+            # whole.
             replaced.rename(final)
 
 

@@ -206,6 +206,7 @@ class _CheckpointFiles:
         raise NotImplementedError
 
     def commit(self, info: Any) -> bool:
+        # `saving.Saver` commits the files of all engines and ranks at once.
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:

@@ -181,7 +181,8 @@ class Saver:
         try:
             moment.snapshot.wait()
             self._write_together(moment)
-        except BaseException as error:  # raised in the training thread by `poll`
+        except BaseException as error:
+            # `poll` raises it in the training thread. In this thread it would go unnoticed.
             self._failure = error
 
     def _write_together(self, moment: _Moment) -> None:

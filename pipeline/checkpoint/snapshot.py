@@ -144,8 +144,8 @@ class Snapshot:
             # the host wait for this event.
             self._copied = torch.cuda.Event()
             self._copied.record()
-        # Let go of the originals: some exist only for this checkpoint, and would occupy the
-        # device's memory until its file is written.
+        # Let go of the originals: held until the file is written, they would occupy memory of the
+        # device that training may have given up meanwhile.
         self._tensors, self._numbers = [], {}
 
     def _sources(self) -> tuple[list[tuple[Tensor, int]], int, torch.device | None]:

@@ -91,13 +91,15 @@ def local_copy(
     `files` (name -> size and SHA-256) is taken from the first rank. The copy is deleted afterwards.
     Raises `UserError` if a host has no space for it or its copy is damaged.
     """
+    # The usual case: all hosts share the disk, so nothing is copied.
     if all(ranks.gather(sees)):
         yield folder
         return
     with contextlib.ExitStack() as stack:
         own = ranks.on_all_ranks(lambda: None if sees else private_folder(stack))
         places = [place for place in ranks.gather(own) if place is not None]
-        # The first folder that this host has serves all its ranks.
+        # Ranks find out who shares their host by looking for each other's folders; names of hosts
+        # prove nothing. The first folder that this host has serves all its ranks.
         mine = folder if sees else next(place for place in places if place.is_dir())
         keepers = [rank for rank, keeps in enumerate(ranks.gather(mine == own)) if keeps]
         # All ranks take part in making a group, whether or not they are in it.
@@ -116,6 +118,7 @@ def _broadcast(
     folder: Path, files: Mapping[str, Mapping[str, Any]], group: dist.ProcessGroup
 ) -> str:
     """Write the `files` of the first rank's `folder` into the other ranks' folders."""
+    # Only the first rank has read the manifest. The others need the sizes to receive as many bytes.
     box = [files]
     dist.broadcast_object_list(box, src=0, group=group)
     failure = ""
@@ -202,6 +205,7 @@ def _write_all(file: Any, content: memoryview) -> None:
 
 def _pieces(size: int) -> Iterator[Tensor]:
     """Yield buffers for `size` bytes in pieces, all in the same memory."""
+    # Sending and receiving block, so this memory is free again when the next piece is asked for.
     room = torch.empty(min(size, PIECE), dtype=torch.uint8)
     for start in range(0, size, PIECE):
         yield room[: min(PIECE, size - start)]

@@ -62,6 +62,7 @@ class StopSignals:
         """
         if not self._noted and self._launcher:
             try:
+                # Signal 0 only tests whether the process exists.
                 os.kill(self._launcher, 0)
             except ProcessLookupError:
                 self._noted = signal.SIGTERM
@@ -145,6 +146,7 @@ class Watchdog:
         self._seconds = seconds
         self._fed = float("-inf")
         self._is_armed = False
+        # The original stream: faulthandler writes to its descriptor, from a thread in C.
         self._stderr = sys.__stderr__ or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as it lives
 
     def begin(self) -> None:
@@ -165,6 +167,7 @@ class Watchdog:
             # Each call ends faulthandler's thread and starts another, so it is not made for every
             # micro-batch.
             self._fed = now
+            # `exit` ends the process without clean-up, which would wait for the library that hangs.
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._stderr)
 
     def stop(self) -> None:

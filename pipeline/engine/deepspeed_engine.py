@@ -185,18 +185,23 @@ class DeepSpeedEngine:
         This takes a few kernels for all parameters, and every rank has found the same norm.
         DeepSpeed's own function would compute it again, parameter by parameter and over ranks.
         """
+        # The small term is torch's, see `torch.nn.utils.clip_grad_norm_`.
         clip = torch.clamp(
             self._inner.gradient_clipping() / (torch.as_tensor(self._norm) + 1e-6), max=1.0
         )
         torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], clip)
 
     def step(self) -> None:
+        # Asked before, because `step` moves on to the next micro-batch.
         is_update = self.is_gradient_accumulation_boundary()
         self._inner.step()
         if self._scaling is not None and is_update:
             self._norm = self._scaling.finish()
 
     def save(self, directory: str, name: str, files: Any) -> None:
+        # DeepSpeed's own files are written in place, and its pointer to the latest before all ranks
+        # have written theirs. So it writes into memory here, without the pointer, and `Saver`
+        # writes the files.
         self._inner.checkpoint_engine = files
         self._inner.save_checkpoint(directory, tag=name, save_latest=False)
 
@@ -339,7 +344,8 @@ class ForeachUpdate:
         ]
         # Into memory that is kept: the optimizer needs FP32 gradients in every update.
         torch._foreach_copy_(gradients, halves)
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())  # includes the loss scale
+        # The norm includes the loss scale. Reading it is the only wait for the device.
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
         optimizer.overflow = not math.isfinite(norm)
         if optimizer.overflow:
             return optimizer._skip_invalid_grad_norm()

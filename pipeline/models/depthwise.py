@@ -153,8 +153,10 @@ def _measured(
             layer.kernel, images.grad = kernel, None
             began = time.perf_counter()
             out = layer(images)
+            # Any gradient will do.
             out.backward(out.detach())
-            if number:  # the first round loads and allocates
+            # The first round loads the code and allocates memory.
+            if number:
                 best[kernel] = min(best[kernel], time.perf_counter() - began)
         is_clear = max(best.values()) > CLEAR * min(best.values())
         if number and ((number >= ROUNDS and is_clear) or time.perf_counter() > until):
