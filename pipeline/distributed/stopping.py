@@ -146,8 +146,9 @@ class Watchdog:
         self._seconds = seconds
         self._fed = float("-inf")
         self._is_armed = False
-        # The original stream: faulthandler writes to its descriptor, from a thread in C.
-        self._stderr = sys.__stderr__ or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as it lives
+        # The original stream, open as long as this object lives: faulthandler writes to its
+        # descriptor, from a thread in C.
+        self._stderr = sys.__stderr__ or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def begin(self) -> None:
         """Start waiting for the first progress."""
