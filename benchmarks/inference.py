@@ -230,7 +230,7 @@ def _published_vapsr() -> SavedNetwork:
 
 
 def _photograph(height: int, width: int) -> torch.Tensor:
-    """Return the middle of a photograph of scikit-image as float 1 x 3 x height x width."""
+    """Return the middle of a photograph from scikit-image as float 1 x 3 x height x width."""
     import torch
 
     from pipeline.export.parity import middle, photographs

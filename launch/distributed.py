@@ -119,7 +119,7 @@ def main(options: Options) -> int:
     began = time.time()
     slots = choose(read_hostfile(find_hostfile(options.hostfile)), options.include, options.exclude)
     _check(options, slots)
-    plans = make_plans(options)  # bad input is refused here, once, before any process starts
+    plans = make_plans(options)  # bad input is rejected here, once, before any process starts
     plan = plans[-1]
     micro_batch = min(batch_sizes(one.ds_config, world_size(slots))[0] for one in plans)
     is_on_cpu = options.device == "cpu" or is_cpu_wanted()

@@ -52,7 +52,7 @@ def main(options: TrainOptions) -> int:
     held_out = None
     if not has_lists(options):
         options, arguments, held_out = _demo(options, arguments)
-    plans = make_plans(options)  # bad input is refused here, once, before any process starts
+    plans = make_plans(options)  # bad input is rejected here, once, before any process starts
     plan, began = plans[-1], time.time()
     if options.device == "cpu":
         os.environ[gpus.CPU] = "1"

@@ -337,7 +337,7 @@ def gpus(pair: Comparison) -> Iterator[Finding]:
         yield pair.finding(
             "GPUs",
             FAIL,
-            "driver silent",
+            "driver not responding",
             f"{nvidia['complaint']}; reboot, or reinstall the NVIDIA driver",
         )
         return
@@ -390,7 +390,7 @@ def _torch(pair: Comparison) -> Iterator[Finding]:
         yield pair.finding(
             "GPUs",
             WARN,
-            "torch silent",
+            "torch not responding",
             f"could not find out whether torch can use the GPUs: {facts['error']}",
         )
         return

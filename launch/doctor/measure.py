@@ -80,7 +80,7 @@ def all_reduce(
             f"{measured.network.latency * 1e6:.0f} us, {measured.network.best_known / 1e9:.2f} GB/s"
         )
         measured.findings = [
-            Finding(host, "all-reduce", PASS, "sums right" if position else speeds)
+            Finding(host, "all-reduce", PASS, "sums correct" if position else speeds)
             for position, host in enumerate(slots)
         ]
     elif not measured.findings:

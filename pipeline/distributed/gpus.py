@@ -39,7 +39,7 @@ _NO_GPU = ("", "-1", "none", "void", "nodevfiles")
 _LISTED = re.compile(r"GPU (?P<index>\d+): (?P<name>.*?) \(UUID: (?P<uuid>GPU-[^)\s]+)\)")
 _SLICE = re.compile(r"\s+MIG .*\(UUID: (?P<uuid>MIG-[^)\s]+)\)")
 _REMEDY = (
-    "install driver {first} or newer, or a torch for an older CUDA (cu126 or cu128 of "
+    "install driver {first} or newer, or a torch build for an older CUDA (cu126 or cu128 from "
     "download.pytorch.org/whl, with nvidia-dali-cuda120), or use the CPU with --device cpu"
 )
 
@@ -231,8 +231,8 @@ def refuse_old_gpu(number: int) -> None:
         raise UserError(
             f"GPU {number} ({torch.cuda.get_device_name(number)}) has compute capability "
             f"{major}.{minor}, but torch {torch.__version__} for CUDA {torch.version.cuda} needs "
-            f"{oldest // 10}.{oldest % 10} or higher; install a torch for an older CUDA (cu126 of "
-            "download.pytorch.org/whl, with nvidia-dali-cuda120), exclude the GPU with "
+            f"{oldest // 10}.{oldest % 10} or higher; install a torch build for an older CUDA "
+            "(cu126 from download.pytorch.org/whl, with nvidia-dali-cuda120), exclude the GPU with "
             f"{VISIBLE}, or use --device cpu"
         )
 

@@ -196,7 +196,9 @@ def _accelerator(ds_config: Mapping[str, Any], ranks: Ranks) -> Any:
             kwargs_handlers=[replicas, scaling],
         )
     except (ValueError, NotImplementedError, ImportError) as error:
-        raise UserError(f"accelerate refuses: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"Accelerate rejects its configuration: {' '.join(str(error).split())}"
+        ) from error
     torch.set_num_threads(threads)  # Accelerate lets every rank on a CPU use all cores
     if (
         accelerator.device.type != ranks.device.type

@@ -230,7 +230,7 @@ def _initialise(
     ds_config: Mapping[str, Any],
     ranks: Ranks,
 ) -> Any:
-    """Build DeepSpeed's own engine; raise `UserError` if it refuses the ds_config."""
+    """Build DeepSpeed's own engine; raise `UserError` if it rejects the ds_config."""
     deepspeed = _import_deepspeed(ranks)
     from deepspeed.runtime.config import DeepSpeedConfigError
 
@@ -268,7 +268,7 @@ def _initialise(
         NotImplementedError,
     ) as error:
         raise UserError(
-            f"DeepSpeed refuses the ds_config: {' '.join(str(error).split())}"
+            f"DeepSpeed rejects the ds_config: {' '.join(str(error).split())}"
         ) from error
     # DeepSpeed would write a script next to every checkpoint, bypassing our error handling.
     engine._copy_recovery_script = lambda *_: None

@@ -261,14 +261,19 @@ def _announce(evaluation: Evaluation, num_processes: int, *, is_ensemble: bool) 
         saved = models[0].saved
         print(
             f"model: {models[0].file} ({saved.name} x{saved.scale}) {where}; "
-            f"{len(sets[0].pairs)} images{', LR made: bicubic' if sets[0].lr_made_by else ''}"
+            f"{len(sets[0].pairs)} images"
+            f"{', LR made by bicubic downscaling' if sets[0].lr_made_by else ''}"
         )
     else:
         for model in models:
             saved = model.saved
             print(f"model: {model.title} is {model.file} ({saved.name} x{saved.scale}) {where}")
         for data in sets:
-            lr = "LR made: bicubic" if data.lr_made_by else f"LR from {data.lr or data.hr}"
+            lr = (
+                "LR made by bicubic downscaling"
+                if data.lr_made_by
+                else f"LR from {data.lr or data.hr}"
+            )
             print(f"images: {data.name}, {len(data.pairs)} from {data.hr}, {lr}")
     for data in sets:
         if data.note:

@@ -195,7 +195,7 @@ def _providers(device: Device) -> list[Any]:
         or "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
     ):
         raise UserError(
-            f"the installed ONNX Runtime does not run on {device}; replace onnxruntime by "
+            f"the installed ONNX Runtime does not run on {device}; replace onnxruntime with "
             "onnxruntime-gpu (they share files: pip uninstall onnxruntime; pip install "
             "onnxruntime-gpu), or use --device cpu or --backend torch"
         )

@@ -44,7 +44,7 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
             pass  # the file is from another program that uses the same keys
     if importlib.util.find_spec("skimage") is None:
         raise UserError(
-            f"{name} does not describe its input; to find out, it is run on photographs of "
+            f"{name} does not describe its input; to find out, it is run on photographs from "
             "scikit-image, which is not installed; run: pip install scikit-image"
         )
     photo = read_rgb(paths_within_packages(SHIPPED[:1], "--images")[0])

@@ -82,7 +82,7 @@ def facts(plans: Sequence[TrainPlan]) -> dict[str, str]:
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Describe each fact that differs, one text per fact."""
     return [
-        f"{name} ({theirs.get(name, 'none')}, there {ours.get(name, 'none')})"
+        f"{name} ({theirs.get(name, 'none')} instead of {ours.get(name, 'none')})"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]

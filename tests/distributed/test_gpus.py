@@ -96,8 +96,8 @@ def test_a_driver_that_is_too_old_is_an_error(
         "this machine has 3 GPUs (NVIDIA H100 80GB HBM3, NVIDIA driver 550.54.15), which is too "
         "old for torch 2.13.0 "
         "for CUDA 13.0: that needs driver 580 or newer; install driver 580 or newer, or a torch "
-        "for an older CUDA "
-        "(cu126 or cu128 of download.pytorch.org/whl, with nvidia-dali-cuda120), or use the CPU "
+        "build for an older CUDA "
+        "(cu126 or cu128 from download.pytorch.org/whl, with nvidia-dali-cuda120), or use the CPU "
         "with --device cpu"
     )
 

@@ -357,7 +357,7 @@ def test_few_images_are_not_split(work, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     note, model = done.stdout.splitlines()[:2]
     assert note == "note: 3 images are too few for 2 processes; using 1"
-    assert model.endswith("on cpu; 3 images, LR made: bicubic")
+    assert model.endswith("on cpu; 3 images, LR made by bicubic downscaling")
 
 
 def test_forks_have_the_imports_and_their_own_environment():

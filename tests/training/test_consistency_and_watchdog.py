@@ -65,7 +65,11 @@ def changed(dataset: Path, tmp_path: Path) -> Path:
 
 def test_differences_name_what_differs() -> None:
     ours, theirs = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}
-    assert differences(ours, theirs) == ["b (4, there 2)", "c (none, there 3)", "d (5, there none)"]
+    assert differences(ours, theirs) == [
+        "b (4 instead of 2)",
+        "c (none instead of 3)",
+        "d (5 instead of none)",
+    ]
     assert differences(ours, dict(reversed(ours.items()))) == []
     assert differences({}, {}) == []
 
@@ -110,19 +114,22 @@ def test_facts_of_stages_bear_their_names(dataset: Path, tmp_path: Path) -> None
     assert found["stage gan: discriminator_ds_config train_batch_size"] == "4"
     assert not any(name.startswith("stage psnr: discriminator") for name in found)
     later = facts(plans(dataset, "stages.gan.steps=5", recipe=str(recipe)))
-    assert differences(found, later) == ["stage gan: recipe steps (5, there 4)"]
+    assert differences(found, later) == ["stage gan: recipe steps (5 instead of 4)"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         ((), []),
-        (("seed=5",), ["recipe seed (5, there 0)"]),
-        (("ds.optimizer.params.lr=1e-4",), ["ds_config optimizer.params.lr (0.0001, there 0.002)"]),
-        (("ds.zero_optimization.stage=1",), ["ds_config zero_optimization.stage (1, there 0)"]),
+        (("seed=5",), ["recipe seed (5 instead of 0)"]),
+        (
+            ("ds.optimizer.params.lr=1e-4",),
+            ["ds_config optimizer.params.lr (0.0001 instead of 0.002)"],
+        ),
+        (("ds.zero_optimization.stage=1",), ["ds_config zero_optimization.stage (1 instead of 0)"]),
         (
             ("losses={mse: 1}",),
-            ["recipe losses.l1 (none, there 1.0)", "recipe losses.mse (1.0, there none)"],
+            ["recipe losses.l1 (none instead of 1.0)", "recipe losses.mse (1.0 instead of none)"],
         ),
     ],
     ids=["same", "seed", "rate", "zero", "losses"],
@@ -173,10 +180,10 @@ def test_the_first_rank_that_differs_is_named_with_its_host(dataset: Path) -> No
     with pytest.raises(UserError) as caught:
         refuse_other_hosts(ours, Told((here, same), ("node2", other), ("node3", {})))  # type: ignore[arg-type]
     assert str(caught.value) == (
-        f"rank 2 on node2 differs from rank 0 on {here}: package torch (1.0, there "
-        f"{version('torch')}); python (2.7, "
-        f"there {same['python']}); recipe seed (9, there 0) and 2 more; bring the hosts in line "
-        "with launch/sync.sh"
+        f"rank 2 on node2 differs from rank 0 on {here}: package torch (1.0 instead of "
+        f"{version('torch')}); python (2.7 "
+        f"instead of {same['python']}); recipe seed (9 instead of 0) and 2 more; bring the "
+        "hosts in line with launch/sync.sh"
     )
 
 
@@ -212,7 +219,9 @@ def test_both_ranks_are_told_the_same(dataset: Path, changed: Path, tmp_path: Pa
     who = f"rank 1 on {socket.gethostname()} differs from rank 0 on {socket.gethostname()}: "
     files, seeds, same = told[0]
     assert files.startswith(f"{who}dataset contents_sha256 (")
-    assert seeds == f"{who}recipe seed (2, there 1); bring the hosts in line with launch/sync.sh"
+    assert (
+        seeds == f"{who}recipe seed (2 instead of 1); bring the hosts in line with launch/sync.sh"
+    )
     assert same == ""
 
 

@@ -176,7 +176,7 @@ def _rounding(report: Report) -> None:
     same = same and torch.equal(
         to_bytes(unit_range(levels.to(report.device), torch.float32)).cpu(), levels
     )
-    report.fact("rounding", same, note="floats to bytes, byte for byte the CPU's")
+    report.fact("rounding", same, note="floats to bytes, identical to the CPU's")
 
 
 def _tf32(report: Report) -> None:

@@ -65,7 +65,7 @@ def run(report: Report) -> None:
                 "fp16",
                 _distance(ranks, "deepspeed", "fp16", 0),
                 TOLERANCES["fp16"],
-                note="FP16 as ds_config.json has it, against autograd's",
+                note="FP16 as in ds_config.json, compared with autograd",
             )
     else:
         report.skip("fp16", "no GPU")

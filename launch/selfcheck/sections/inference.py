@@ -1,4 +1,4 @@
-"""Upscale pictures and a video: tiles against whole pictures, little memory, speed."""
+"""Upscale pictures and a video: tiles against whole pictures, low memory, speed."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> the kind of files, and further keys of the recipe's data section."""
 CHAIN_PSNR, JPEG_PSNR = 35.0, 45.0
-"""Least PSNR in dB between a GPU's images and the CPU's: of LR after Real-ESRGAN's degradations,
-which include three JPEG passes; of decoded JPEG files."""
+"""Minimum PSNR in dB between a GPU's images and the CPU's, for LR after Real-ESRGAN's degradations
+(which include three JPEG passes) and for decoded JPEG files."""
 AHEAD = 6
 SPEEDS = {
     "npy": "this loader, npy",
@@ -215,8 +215,8 @@ def _overlap(report: Report, files: dict[str, list[str]]) -> None:
         "overlap",
         beside / alone,
         "",
-        note=f"a step of {1000 * alone:.1f} ms with Real-ESRGAN batches made beside it, against "
-        "the step alone",
+        note=f"a step of {1000 * alone:.1f} ms while Real-ESRGAN batches are made, relative to the "
+        "step alone",
     )
 
 

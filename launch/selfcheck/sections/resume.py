@@ -1,4 +1,4 @@
-"""Check that a run killed with SIGKILL and continued gives the bits of an uninterrupted one."""
+"""Check that a run killed with SIGKILL and continued is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(report: Report) -> None:
             "compiled": ("compile=auto",),
         }
     else:
-        report.skip("deterministic", "on a CPU every run gives the same bits")
+        report.skip("deterministic", "on a CPU every run is bit-identical")
     took = 0.0
     for name, overrides in ways.items():
         if not report.has_time_for(took):
@@ -58,9 +58,9 @@ def run(report: Report) -> None:
             report.fact(
                 name,
                 same if must else None,
-                "the same bits" if same else "other bits",
-                limit="same bits" if must else "",
-                note=f"{STEPS} steps, against {KILLED_AT} + kill -9 + rest",
+                "bit-identical" if same else "different",
+                limit="bit-identical" if must else "",
+                note=f"{STEPS} steps at once; {KILLED_AT}, kill -9 and the rest",
             )
         took = time.monotonic() - began
 

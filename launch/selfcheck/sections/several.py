@@ -81,7 +81,11 @@ def _all_reduce(report: Report, ranks: int) -> None:
     errors = [result["error"] for result in results.values() if "error" in result]
     right = len(results) == ranks and all(one.get("is_right") for one in results.values())
     report.fact(
-        "all_reduce", right, f"{ranks} ranks", limit="sums right", note=errors[0] if errors else ""
+        "all_reduce",
+        right,
+        f"{ranks} ranks",
+        limit="correct sums",
+        note=errors[0] if errors else "",
     )
     seconds = {int(size): value for size, value in results.get("0", {}).get("seconds", {}).items()}
     if LATENCY_BYTES in seconds:
@@ -144,8 +148,8 @@ def _evaluate(report: Report, ranks: int) -> None:
         "evaluate",
         len(written[0]) > 1 and written[0] == written[1],
         f"{ranks} processes",
-        limit="equal bytes",
-        note="--procs N against one process: table and pictures",
+        limit="identical bytes",
+        note="--procs N compared with one process: table and pictures",
     )
 
 

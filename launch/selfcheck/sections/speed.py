@@ -56,7 +56,7 @@ ON_GPUS = (
 )
 ON_CPUS = (Case("compact16_x4", 1, "fp32", layout="contiguous"),)
 HEADLINE = "vapsr_x4"
-"""Network of the documented number, which is its fastest case with a batch of 64 in FP16."""
+"""Network of the documented number: that of its fastest case with a batch of 64 in FP16."""
 
 
 def run(report: Report) -> None:

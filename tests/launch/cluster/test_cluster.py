@@ -333,7 +333,7 @@ def test_another_dataset_on_one_host_is_refused_by_the_ranks_too(
         status, printed = run.run("--no-doctor")
     assert status == 2
     assert "error: rank 1 on node2 differs from rank 0 on node1: dataset " in printed
-    assert "training_files (9, there 10)" in printed
+    assert "training_files (9 instead of 10)" in printed
     assert not checkpoint_steps(run.run_dir)
 
 

@@ -284,7 +284,7 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
             "GPUs",
             {"nvidia/complaint": "nvidia-smi did not answer within 15 s"},
             FAIL,
-            "driver silent",
+            "driver not responding",
             "nvidia-smi did not answer within 15 s; reboot, or reinstall the NVIDIA driver",
         ),
         (
@@ -358,7 +358,7 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
             "GPUs",
             {"torch": {"error": "torch did not answer within 40 s"}},
             WARN,
-            "torch silent",
+            "torch not responding",
             "could not find out whether torch can use the GPUs: torch did not answer within 40 s",
         ),
         (
