@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.ranks import LAUNCHER, Ranks
+from pipeline.distributed.ranks import LAUNCHER, Ranks, reach_ranks
 
 NUM_SIGNALS = 128  # more than Linux has; ranks send kind and signal as one integer
 
@@ -112,18 +112,23 @@ class Agreement:
         # One integer, in which the kind counts before the signal, so that one maximum decides both.
         # Its memory belongs to the exchange until that is done.
         value = torch.tensor(request.kind * NUM_SIGNALS + request.signal)
-        self._pending = (
-            dist.all_reduce(value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True),
-            value,
+        work = reach_ranks(
+            lambda: dist.all_reduce(
+                value, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True
+            )
         )
+        self._pending = work, value
         return agreed
 
     def finish(self) -> Request:
-        """Return what was agreed on in the last exchange, before all ranks leave the loop."""
+        """Return what was agreed on in the last exchange, before all ranks leave the loop.
+
+        Raises `RankLostError` if another rank is gone.
+        """
         if self._pending is None:
             return Request()
         work, value = self._pending
-        work.wait()
+        reach_ranks(work.wait)
         self._pending = None
         kind, number = divmod(int(value), NUM_SIGNALS)
         return Request(RequestKind(kind), number)
