@@ -219,8 +219,8 @@ class Guard:
                 if not data:
                     return
 
-        # Threads, because writing to a slow disk blocks: the event loop must go on sending signs of
-        # life.
+        # Threads, because writing to a slow disk blocks, and the event loop must keep sending signs
+        # of life.
         thread = Thread(target=copy, daemon=True)
         thread.start()
         return thread
@@ -290,8 +290,8 @@ def _join(threads: Iterable[Thread], seconds: float) -> None:
 
 def main() -> int:
     task = messages.unpack(sys.argv[1])
-    # The parent is DeepSpeed's launcher on this host. If it is killed by SIGKILL, it stops nobody,
-    # and its ranks would train on.
+    # The parent is DeepSpeed's launcher on this host. If it is killed by SIGKILL, it cannot stop
+    # its children, and the ranks would keep training.
     launcher.end_with_parent(signal.SIGTERM)
     # Many ranks open many connections.
     with suppress(OSError, ValueError):

@@ -128,8 +128,8 @@ class Supervisor:
         # Stopped by CTRL+Z, this process would look like a lost node to the ranks.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         # The launcher gets a session of its own, so that CTRL+C reaches only this process, which
-        # asks the guards to save. DeepSpeed's launcher would react by killing by name, other users'
-        # runs included.
+        # asks the guards to save. DeepSpeed's launcher would react by killing processes by name,
+        # including other users' runs.
         launcher = await asyncio.create_subprocess_exec(
             *command,
             env=dict(variables),
@@ -141,7 +141,7 @@ class Supervisor:
         )
         reading = asyncio.create_task(self._read_launcher(launcher))
         try:
-            # Deadlines and silence cause no event, so they are looked for ten times a second.
+            # Deadlines and silence cause no event, so they are checked ten times a second.
             while not self._is_over():
                 self._look()
                 await asyncio.sleep(0.1)

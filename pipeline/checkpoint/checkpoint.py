@@ -108,7 +108,7 @@ def _finish_replacing(run_dir: Path) -> None:
     for replaced in (run_dir / CHECKPOINTS_DIR).glob(".old-step-*"):
         final = replaced.with_name(replaced.name.removeprefix(".old-"))
         if final.exists():
-            # The new folder is in place; only the removal of the old one is missing.
+            # The new folder is in place; only the old one still has to be removed.
             shutil.rmtree(replaced)
         else:
             # The new folder never got its name. It is removed by the next save; the old one is
@@ -126,7 +126,7 @@ def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress
     with local_copy(folder, files, contents.sees_run_dir, ranks) as place:
         progress = _load(place, contents, ranks)
     # Ranks may have read different copies or different shards. Ranks with different weights would
-    # train on without an error, because they only exchange gradients.
+    # keep training without an error, because they only exchange gradients.
     hashes = ranks.gather([weight_hash(engine.module) for engine in contents.engines.values()])
     if any(other != hashes[0] for other in hashes):
         raise RuntimeError(f"ranks disagree on the weights of step {step} after loading: {hashes}")

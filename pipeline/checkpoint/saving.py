@@ -244,8 +244,8 @@ def _attempt_on_all_ranks(action: Callable[[], Result], ranks: Ranks, step: int)
         result = action()
     except (OSError, RuntimeError, MemoryError) as error:
         # A full disk, for which torch raises RuntimeError, or too little memory: any host may have
-        # these, and the run can go on without this checkpoint. Any other error is a mistake in the
-        # program and ends the run.
+        # these, and the run can go on without this checkpoint. Any other error is a bug and
+        # ends the run.
         failure = str(error) or type(error).__name__
     _raise_if_any_failed(failure, ranks, step)
     return cast(Result, result)

@@ -124,9 +124,8 @@ class Snapshot:
         Raises `OSError` or `RuntimeError` if the host has not enough memory.
         """
         sources, size, gpu = self._sources()
-        # The memory is that of the snapshot before, whose file must be complete: `Saver` waits for
-        # it. A copy made earlier would mix two steps in one file, whose hashes would still be
-        # right.
+        # This is the memory of the previous snapshot, whose file must be complete: `Saver` waits
+        # for it. An earlier copy would mix two steps in one file, whose hashes would still match.
         self._room = self._memory.room(size, is_pinned=gpu is not None)
         for tensor, start in sources:
             storage = tensor.untyped_storage()

@@ -167,8 +167,8 @@ def _send_file(path: Path, expected: Mapping[str, Any], move: Callable[[Tensor],
     with contextlib.ExitStack() as stack:
         file = disk.attempt(lambda: stack.enter_context(open(path, "rb")))
         for piece in _pieces(expected["size"]):
-            # After a failure the piece keeps old bytes. The receiver's hash tells that they are
-            # wrong.
+            # After a failure the piece still holds old bytes. The receiver's hash shows that they
+            # are wrong.
             disk.attempt(lambda piece=piece: file.readinto(piece.numpy()))
             move(piece)
     return disk.failure

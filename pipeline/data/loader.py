@@ -143,7 +143,7 @@ class Loader:
             )
         except BaseException as error:
             # Raised again by `__next__` in the training thread. In this thread an error would go
-            # unnoticed, and training would wait for batches for ever.
+            # unnoticed, and training would wait for batches forever.
             self._fail(error)
         finally:
             self.source.close()

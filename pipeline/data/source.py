@@ -192,7 +192,7 @@ class CropSource:
                 ]
             )
         made = [*self._samples(first, count, is_read=True)]
-        # Kept until the loader takes the micro-batch. DALI asks some micro-batches in advance, so
+        # Kept until the loader takes the micro-batch. DALI requests some micro-batches ahead, so
         # the latest one is not the one that fails or is taken next.
         self._made[index] = samples = [sample for sample, _, _ in made]
         arrays = self.hr.arrays([hr for _, hr, _ in made])
@@ -304,7 +304,7 @@ class CropSource:
         for attempt in range(MAX_ATTEMPTS):
             try:
                 # Every attempt starts the sample's random numbers from the first, so that what a
-                # replacement gets does not depend on how far the reading of the bad file came.
+                # replacement gets does not depend on how far the bad file could be read.
                 return self._sample_of(
                     file, draws, i, iter(fractions), tuple(skipped), is_read=is_read
                 )

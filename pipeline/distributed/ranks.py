@@ -92,8 +92,8 @@ class Ranks:
         with its status.
         """
         # These are errors that a user can do something about, so one rank's message is enough. Any
-        # other exception is a mistake in the program: this rank ends with its traceback, and the
-        # others notice that in `reach_ranks`.
+        # other exception is a bug: this rank ends with its traceback, and the others notice that in
+        # `reach_ranks`.
         complaint, result = None, None
         try:
             result = action()
@@ -106,7 +106,7 @@ class Ranks:
             text, is_input = complaints[0]
             if self.is_first:
                 raise UserError(text) if is_input else RunError(text)
-            # Without a word, as the first rank prints the message.
+            # Exit silently, because the first rank prints the message.
             sys.exit(2 if is_input else 1)
         return cast(Result, result)
 

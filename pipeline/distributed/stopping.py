@@ -105,11 +105,11 @@ class Agreement:
         """
         if self._ranks.world_size == 1:
             return request
-        # The exchange of the step before has had a whole step's time, so this hardly ever waits. To
-        # wait for this step's own exchange would let every step take as long as the slowest
+        # The previous step's exchange has had a whole step's time, so this hardly ever waits.
+        # Waiting for this step's own exchange would make every step take as long as the slowest
         # message, and would keep this host from queueing the next step while its GPU computes.
         agreed = self.finish()
-        # One integer, in which the kind counts before the signal, so that one maximum decides both.
+        # One integer, in which the kind outranks the signal, so that one maximum decides both.
         # Its memory belongs to the exchange until that is done.
         value = torch.tensor(request.kind * NUM_SIGNALS + request.signal)
         work = reach_ranks(

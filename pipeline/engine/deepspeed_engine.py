@@ -170,7 +170,7 @@ class DeepSpeedEngine:
         """Check the gradient at FP32 and ZeRO stage 0; otherwise DeepSpeed does so in `step`."""
         if self._found_nonfinite is None or self._nonfinite_steps is None:
             return
-        # The gradients are summed over ranks already, so all ranks find the same norm. It stays on
+        # The gradients have been summed over ranks, so all ranks find the same norm. It stays on
         # the device: FP32 steps never wait for it.
         norms = torch._foreach_norm(
             [p.grad for p in self.module.parameters() if p.grad is not None]

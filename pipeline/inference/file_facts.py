@@ -162,9 +162,9 @@ def _multiple(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: str)
 
 
 def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
-    """Return the distance from which on an edge changes nothing on a photograph, in LR pixels.
+    """Return the smallest distance in LR pixels at which an edge no longer changes a photograph.
 
-    If it always changes something, return the distance from which on that is at most half a level.
+    If there is none, return the smallest one at which the change is at most half a level.
     A network that sees the whole image gets `UNKNOWN_HALO`; one with a fixed input size gets
     its longer side, so that its tiles cannot overlap enough.
     """

@@ -116,7 +116,7 @@ def edge_changes(left: np.ndarray, right: np.ndarray, shift: int, scale: int) ->
 
 
 def distance_within(changes: np.ndarray, allowed: float) -> int | None:
-    """Return the smallest multiple of `ALIGNMENT` from which on changes are at most `allowed`.
+    """Return the smallest multiple of `ALIGNMENT` at which changes are at most `allowed`.
 
     `None` if there is none within the measured distances.
     """

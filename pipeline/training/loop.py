@@ -115,9 +115,9 @@ class Training:
             self.signals.is_patient = True
             self._log_eta(progress.step)
             if progress.step == first:
-                # The optimizer has its states since the first update, so the size of a checkpoint
-                # is known and memory for its copy can be allocated, beside training, before the
-                # first save needs it.
+                # The optimizer has had its states since the first update, so the size of a
+                # checkpoint is known and memory for its copy can be allocated, beside training,
+                # before the first save needs it.
                 self._saver.prepare()
             # All ranks end an epoch at the same step, so they can gather here without another
             # agreement.

@@ -66,7 +66,7 @@ class BenchmarkIndex:
     at 1/2 or 1/4 of it, and where the benchmark picture is 1/2 or 1/4 of the part. Copies and parts
     may be mirrored left to right, brightened and recompressed. A part must have texture and share
     64 pixels per side with the benchmark picture, at the size where both match (one part in ten is
-    missed at that size, one in 500 from 128 pixels on). Rotations, parts at other scales, strong
+    missed at that size, one in 500 if 128 are shared). Rotations, parts at other scales, strong
     colour changes and overlays are not found.
 
     Parts are found by anchors with similar surroundings; the pixels at the positions they suggest

@@ -126,7 +126,7 @@ def _gradient(luma: np.ndarray) -> float:
 def _entropy(luma: np.ndarray) -> float:
     """Entropy of the luma histogram in bits, 0 (one colour) to 8.
 
-    From 2^18 pixels on, only every eighth row is counted.
+    With 2^18 pixels or more, only every eighth row is counted.
     """
     rows = luma[:: 8 if luma.size >= 1 << 18 else 1]
     counts = cv2.calcHist([rows], [0], None, [256], [0, 256]).ravel().astype(np.float64)
