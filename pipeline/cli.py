@@ -172,7 +172,8 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
     # What the user typed, if a shell script called this command.
     prog = os.environ.get("VASTSCALE_COMMAND")
     config = (tyro.conf.FlagCreatePairsOff,)
-    options.__doc__ = as_typed(options.__doc__ or "")
+    if (summary := as_typed(options.__doc__ or "")) != options.__doc__:
+        options.__doc__ = summary
     known = tyro.extras.get_parser(options, config=config)._option_string_actions
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")
