@@ -26,9 +26,9 @@ class Options:
     file (.onnx, .xml)."""
     scale: Annotated[float | None, arg(help_behavior_hint="(default: the network's)")] = None
     """Exact factor: apply the network as often as needed, then resize (antialiased cubic)."""
-    size: Annotated[str | None, arg(metavar="WxH", help_behavior_hint="(default: by --scale)")] = (
-        None
-    )
+    size: Annotated[
+        str | None, arg(metavar="WxH", help_behavior_hint="(default: set by --scale)")
+    ] = None
     """Exact size of the results, such as 1920x1080."""
     pre_downsample: int = 1
     """Shrink the input by this factor first, to try a network on an HR image."""

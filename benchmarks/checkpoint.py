@@ -1,6 +1,6 @@
 """Measure how long saving a checkpoint makes training wait, in the step and in the background.
 
-The ways are measured in turns, and compared as ratios within one run.
+The ways take turns, and are compared as ratios within one run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Options:
     patch: int = 32
     """Side of the step's single LR image, in pixels."""
     rounds: int = 5
-    """How often each way is measured, in turns; medians are reported."""
+    """Number of rounds, in which each way is measured once; medians are reported."""
     folder: Path | None = None
     """Folder to save to, whose disk matters. Default: the folder for temporary files."""
     json: Path | None = None

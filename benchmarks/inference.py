@@ -1,6 +1,6 @@
 """Measure how fast a network upscales in PyTorch, ONNX Runtime and OpenVINO.
 
-The ways are measured in turns, and compared as ratios within one run: calls on one image in one
+The ways take turns, and are compared as ratios within one run: calls on one image in one
 process, or, with `--folder`, whole commands on a folder of pictures, including `upscale.py`.
 """
 
@@ -80,7 +80,7 @@ class Options:
     threads: int = 1
     """CPU threads for every way."""
     rounds: int = 5
-    """How often each way is measured, in turns; medians are reported."""
+    """Number of rounds, in which each way is measured once; medians are reported."""
     ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WAY ...")] = ()
     """Some of eager, channels-last, compile, bf16, fp16 (all PyTorch), onnx, onnx-fp16, onnx-int8,
     openvino, openvino-bf16, openvino-int8; --files may be added. Default: all that run on the

@@ -62,7 +62,7 @@ class FolderRow:
 def measure_folder(
     folder: Path, model: Path, onnx_file: Path, commands: Sequence[str], rounds: int, threads: int
 ) -> list[FolderRow]:
-    """Run every command `rounds` times, in turns.
+    """Run every command `rounds` times, taking turns.
 
     The commands of `upscale.py` run once before, so that their conversions are in the cache.
 

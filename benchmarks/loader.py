@@ -1,6 +1,6 @@
 """Measure how fast loaders make training batches, on the same photographs and cores.
 
-The ways are measured in turns, and compared as ratios within one run.
+The ways take turns, and are compared as ratios within one run.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Options:
     images: int = 256
     """Maximum number of files cut from them."""
     rounds: int = 5
-    """How often each way is measured, in turns; medians are reported."""
+    """Number of rounds, in which each way is measured once; medians are reported."""
     seconds: float = 3.0
     """Duration of each measurement, in seconds."""
     threads: int = 2

@@ -351,9 +351,9 @@ def variant(
 
     Args:
         setting: the images and the batches.
-        margin: the HR pixels around the crop that LR is made from as well are "left out" of LR by
-            the resize itself, "cut" off its result, or there are "none".
-        lr: LR is made "before" or "after" the transpose to CHW, or "none" is made.
+        margin: LR is also made from HR pixels around the crop, which are "left out" of LR by the
+            resize itself or "cut" off its result; or there are "none".
+        lr: LR is made "before" or "after" the transpose to CHW, or not at all ("none").
         antialias: whether LR is antialiased.
         turn: HR is turned and transposed by the "host", or by DALI in the same way as LR: "rows"
             are flipped and the next operator mirrors, "flips" and a transpose, "rotate", or

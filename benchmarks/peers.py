@@ -151,7 +151,7 @@ def main(options: Options) -> int:
         print(
             f"{options.network} x4, crops of {options.crop}, batch {options.batch}, {count} files "
             f"of {SIZE}x{SIZE}; windows of {options.steps} steps, {options.rounds} per "
-            f"participant, in turns; {len(os.sched_getaffinity(0))} CPU cores"
+            f"participant, taking turns; {len(os.sched_getaffinity(0))} CPU cores"
         )
         participants: list[Participant] = []
         try:

@@ -1,6 +1,6 @@
 """Measure images per second and scaling efficiency for several numbers of ranks.
 
-They are measured in turns, and compared as ratios within one run.
+They take turns, and are compared as ratios within one run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Options:
     steps: int = 60
     """Number of measured steps."""
     rounds: int = 3
-    """How often each is measured, in turns; medians are reported."""
+    """Number of rounds, in which each is measured once; medians are reported."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def _numbers(options: Options, slots: Slots) -> list[int]:
     most = world_size(slots) if slots else environment.num_gpus()
     if most and max(numbers) > most:
         raise UserError(
-            f"--ranks {max(numbers)}: there are only {most} {'slots' if slots else 'GPUs'}; choose "
-            "fewer"
+            f"--ranks {max(numbers)} exceeds the number of {'slots' if slots else 'GPUs'}, {most}; "
+            "choose fewer"
         )
     return numbers
 

@@ -1,6 +1,6 @@
 """Measure the speed of the dataset tools, as ratios within one run on the same files and cores.
 
-The ways are measured in turns.
+The ways take turns.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Options:
     size: int = 512
     """Height and width of the crops, in pixels."""
     rounds: int = 3
-    """How often each is measured; medians are reported."""
+    """Number of measurements of each; medians are reported."""
     num_files: int = 100_000
     """Number of files in the tree for the memory measurement."""
 

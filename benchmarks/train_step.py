@@ -81,7 +81,7 @@ class Options:
 
     The bounds come from the rates of arithmetic and of memory. Every case runs in its own process,
     set up as by train.py, including the loader, on generated photographs. Uncompiled networks are
-    also timed in a bare PyTorch loop, in turns; the table has the ratio to the better of both
+    also timed in a bare PyTorch loop, alternately; the table has the ratio to the better of both
     layouts.
 
     Example: python benchmarks/train_step.py --networks vapsr_x4 --batches 8 --ways eager compiled
@@ -108,7 +108,7 @@ class Options:
     seconds: float = 6
     """Duration of the timing of each loop, in five windows."""
     rounds: int = 1
-    """How often each case runs, in turns with the others; medians are reported."""
+    """Number of rounds, in which each case runs once; medians are reported."""
     dataset_dir: Path | None = None
     """Dataset folder. Default: 16 generated photographs of 512x512 as .npy."""
     json: Path | None = None

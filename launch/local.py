@@ -61,8 +61,8 @@ def main(options: TrainOptions) -> int:
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
         raise UserError(
-            f"--procs {options.procs}: this machine has {num_gpus} GPUs; start at most one process "
-            "per GPU"
+            f"--procs {options.procs} exceeds this machine's number of GPUs, {num_gpus}; start "
+            "at most one process per GPU"
         )
     processes = options.procs or num_gpus or 1
     _check_batch(plan, processes, is_chosen=options.procs > 0)

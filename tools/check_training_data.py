@@ -252,7 +252,7 @@ def _sha256(crops: ManifestIndex, name: str) -> str:
 def _add_other_sides(
     root: Path, survey: Survey, crops: ManifestIndex, findings: Findings
 ) -> set[str]:
-    """Mark files bad that cannot be used without their bad other side.
+    """Mark as bad the files whose other side is bad, since they cannot be used alone.
 
     Returns all bad files that may be cut again.
     """

@@ -1,4 +1,4 @@
-"""Blend the weights of two trainings of the same network, between sharp and faithful."""
+"""Blend the weights of two training runs of the same network, between sharp and faithful."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Make synthetic images, reproducible by seed, to try tools and training without photographs.
+    """Make synthetic images, reproducible by seed, for trying out tools and training.
 
     Kinds: noise (independent pixels), gradient (smooth, almost no detail), edges (polygons and
     lines), text, texture (amplitude 1/f, like photographs, but without edges), leaves (dead leaves:

@@ -356,7 +356,7 @@ class ChosenSource(CropSource):
 def sheet(
     title: str, pairs: Sequence[DrawnPair], spec: DataSpec, scale: int, panel: int
 ) -> Image.Image:
-    """Draw all pairs under a title: LR in blocks of HR's size, HR right of it, text below."""
+    """Draw all pairs under a title: LR in blocks of HR's size, HR to its right, text below."""
     cell, letters = Cell(spec.crop, panel), ImageFont.load_default(LETTERS)
     texts = [_wrapped(describe(pair, spec, scale), cell.width, letters) for pair in pairs]
     height = cell.side + GAP + LINE * max(map(len, texts))

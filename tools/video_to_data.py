@@ -77,7 +77,7 @@ class Options(CropOptions):
     max_interval: int = 15
     """Maximum number of frames between candidates."""
     min_change: float = 4
-    """Omit a frame whose mean difference to a stored frame of the same segment is below this many
+    """Omit a frame whose mean difference from a stored frame of the same segment is below this many
     grey levels (of 64x36 thumbnails), so static scenes give one frame. 0 keeps all."""
 
     def sampling(self) -> Sampling:
@@ -212,7 +212,7 @@ class Prober:
         self._root, self._settings, self._segment_time = root, settings, segment_time
 
     def stamp(self, name: str) -> Stamp | None:
-        """Size and modification time of a video; `None` if it is gone, but its crops stay good."""
+        """Size and modification time of a video; `None` if it is gone, but its crops stay valid."""
         try:
             status = (self._root / name).stat()
         except (FileNotFoundError, NotADirectoryError):

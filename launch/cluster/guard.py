@@ -1,8 +1,8 @@
 """The guard of one rank: runs `train.py` and ends it when the first node says so or falls silent.
 
 DeepSpeed's launcher starts one guard per rank, with all it needs to know in one base64 word, in
-which shells on the way find nothing to interpret. It imports neither torch nor DeepSpeed, so it can
-still act while a rank hangs inside them.
+which no shell on the way finds anything to interpret. It imports neither torch nor DeepSpeed, so it
+can still act while a rank hangs inside them.
 """
 
 from __future__ import annotations

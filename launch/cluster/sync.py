@@ -147,7 +147,7 @@ def _bring(host: str, parts: Sequence[SyncedFolder], options: Options) -> str:
 
 
 def _sees(host: str, folder: Path) -> bool | str:
-    """Whether a host sees this very folder (a shared disk), or a message why this is unknown."""
+    """Whether a host sees this very folder (a shared disk), or why this is unknown."""
     mark = folder / f".vastscale-{uuid.uuid4().hex}"
     try:
         mark.touch()

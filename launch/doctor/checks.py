@@ -226,7 +226,7 @@ def memory(pair: Comparison) -> Iterator[Finding]:
             "memory",
             WARN,
             summary,
-            f"{free / GIB:.1f} GiB of memory are free for {_count(ranks, 'rank')} that need about "
+            f"{free / GIB:.1f} GiB of memory is free for {_count(ranks, 'rank')} that need about "
             f"{LOW_MEMORY_BYTES_PER_RANK / GIB:.0f} each; see what else runs there (`top`)",
         )
     else:
@@ -249,12 +249,12 @@ def disk(pair: Comparison) -> Iterator[Finding]:
             "disk",
             FAIL,
             summary,
-            f"{output['free'] / 1e6:.0f} MB are free at {where}, where checkpoints go; make room, "
+            f"{output['free'] / 1e6:.0f} MB is free at {where}, where checkpoints go; make room, "
             "or give another --output-dir",
         )
     elif output["free"] < (LOW_DISK_BYTES if pair.is_first else LEAST_DISK_BYTES):
         yield pair.finding(
-            "disk", WARN, summary, f"{output['free'] / GIB:.1f} GiB are free at {where}; make room"
+            "disk", WARN, summary, f"{output['free'] / GIB:.1f} GiB is free at {where}; make room"
         )
     else:
         yield pair.finding("disk", PASS, summary)

@@ -88,7 +88,7 @@ class TrainingRun:
         """Send a signal to the launcher and wait for its end; SIGKILL goes to the ranks, too.
 
         The ranks have a session of their own, which a signal to the launcher's group does not
-        reach. When the launcher dies they get SIGTERM, but here none may be left.
+        reach. When the launcher dies they get SIGTERM, but here none of them may survive.
         """
         ranks = _children(process.pid)
         with suppress(ProcessLookupError):

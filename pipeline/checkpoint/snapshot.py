@@ -121,7 +121,7 @@ class Snapshot:
     def copy(self) -> None:
         """Copy the tensors' content. Copies from a GPU are only queued, in its current stream.
 
-        Raises `OSError` or `RuntimeError` if the host has not enough memory.
+        Raises `OSError` or `RuntimeError` if the host does not have enough memory.
         """
         sources, size, gpu = self._sources()
         # This is the memory of the previous snapshot, whose file must be complete: `Saver` waits

@@ -65,8 +65,9 @@ class RankInfo:
 
 
 def find_rank_info(variables: Mapping[str, str] = os.environ) -> RankInfo:
-    """Read the rank that a launcher's environment variables describe; a process alone without them.
+    """Read the rank that a launcher's environment variables describe.
 
+    Without such variables, the process is alone.
     RANK and WORLD_SIZE come first: torchrun, accelerate and deepspeed set them, also under Slurm.
     Open MPI comes before Slurm, because its mpirun may start processes through Slurm. Raises
     `UserError` for a partially set environment.
@@ -338,8 +339,8 @@ def gpu_of(info: RankInfo, num_gpus: int, variables: Mapping[str, str] = os.envi
     if num_gpus == 1 and shows_one:
         return 0
     raise UserError(
-        f"LOCAL_RANK is {info.local_rank}, but this process sees {num_gpus} GPUs; start at "
-        "most one process per GPU on each host"
+        f"LOCAL_RANK is {info.local_rank}, but this process sees {num_gpus} "
+        f"GPU{'' if num_gpus == 1 else 's'}; start at most one process per GPU on each host"
     )
 
 

@@ -119,7 +119,7 @@ def run_evaluation(options: Options, command: Sequence[str] = ()) -> int:
         subject = choose_subject(options)
         num_images = sum(len(data.pairs) for data in subject.sets)
         if (fewer := worth_starting(count, num_images)) < count:
-            print(f"note: {num_images} images are too few for {count} processes; using {fewer}")
+            print(f"note: too few images ({num_images}) for {count} processes; using {fewer}")
         if fewer > 1:
             return fork_processes(fewer, lambda: _evaluate_among_others(options, subject))
         torch.set_num_threads(threads)
@@ -261,7 +261,7 @@ def _announce(evaluation: Evaluation, num_processes: int, *, is_ensemble: bool) 
         saved = models[0].saved
         print(
             f"model: {models[0].file} ({saved.name} x{saved.scale}) {where}; "
-            f"{len(sets[0].pairs)} images"
+            f"{len(sets[0].pairs)} image{'' if len(sets[0].pairs) == 1 else 's'}"
             f"{', LR made by bicubic downscaling' if sets[0].lr_made_by else ''}"
         )
     else:

@@ -336,7 +336,7 @@ def _printable(value: object) -> object:
 
 
 def _sha256(script: str) -> str:
-    """The hash by which the page's policy knows its one script."""
+    """The hash by which the page's policy recognises its only script."""
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 

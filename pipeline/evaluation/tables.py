@@ -340,7 +340,7 @@ def set_values(measured: SetScores) -> dict[str, Any]:
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Replace infinite values by `None`, because JSON has no infinity."""
+    """Replace infinite values with `None`, because JSON has no infinity."""
     return {metric: value if math.isfinite(value) else None for metric, value in metrics.items()}
 
 

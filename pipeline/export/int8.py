@@ -150,7 +150,7 @@ def quantize(
 
 
 def describe_file(path: Path, description: Mapping[str, str]) -> None:
-    """Replace the metadata of an ONNX file by `description`."""
+    """Replace the metadata of an ONNX file with `description`."""
     import onnx
 
     model = onnx.load(path)

@@ -74,8 +74,8 @@ def evaluation_of(report: Path, weights: Path) -> str:
         )
         if title is None:
             raise UserError(
-                f"{str(report)!r} does not evaluate {str(weights)!r} but other weights; evaluate "
-                f"these first: python evaluate.py --model {weights} --json {report}"
+                f"{str(report)!r} is about weights other than {str(weights)!r}; evaluate these "
+                f"first: python evaluate.py --model {weights} --json {report}"
             )
         means = {
             entry["name"]: {"images": len(entry["images"]), **_numbers(entry["mean"][title])}
@@ -183,7 +183,7 @@ def run_export(
         print(
             "note: the files name no licence; add yours with --license, such as --license CC-BY-4.0"
         )
-    print("Verified: both files were read back bit for bit equal, and the network runs.")
+    print("Verified: both files were read back bit-identical, and the network runs.")
     say(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
     say(
         "In Python:   from pipeline.models.weights import read_network\n"

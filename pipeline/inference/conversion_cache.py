@@ -198,7 +198,7 @@ class ConversionCache:
     def _share(self, kind: BackendKind) -> float:
         """Return the backend's time divided by PyTorch's.
 
-        Both run in turns on an image that takes PyTorch about `TIMED_SECONDS`; the fastest of
+        Both take turns on an image that takes PyTorch about `TIMED_SECONDS`; the fastest of
         `ROUNDS` counts.
         """
         side = (

@@ -92,7 +92,7 @@ class Reach:
 
 
 def shift_of(width: int) -> int:
-    """Return by how many LR pixels two pieces of this width are shifted against each other.
+    """Return by how many LR pixels two pieces of this width are shifted relative to each other.
 
     It is a multiple of `ALIGNMENT`, so that both have the same grid of attention windows.
     """

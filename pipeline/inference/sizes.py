@@ -68,7 +68,7 @@ class TargetSize:
         return max(1, round(height * factor)), max(1, round(width * factor))
 
     def passes(self, height: int, width: int, network_scale: int) -> int:
-        """Return how often the network is applied: at least once, until the size is reached."""
+        """Return how many times the network is applied to reach the size, at least once."""
         start, end = self.start(height, width), self.end(height, width, network_scale)
         count = 1
         while any(
@@ -206,7 +206,7 @@ def _without_hidden_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarra
 
 
 def _keep_constant_areas(large: np.ndarray, small: np.ndarray) -> np.ndarray:
-    """Replace `large` by the exact value of `small` wherever that is constant in 3x3 pixels.
+    """Replace `large` with the exact value of `small` wherever that is constant in 3x3 pixels.
 
     Opaque areas must stay fully opaque.
     """

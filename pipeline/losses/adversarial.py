@@ -79,22 +79,22 @@ def discriminator_loss(loss: AdversarialLoss, real: Tensor, fake: Tensor, labels
 
 
 def vanilla_generator(fake: Tensor, real: Tensor | None) -> Tensor:
-    """Non-saturating loss: softplus(-fake), the mean."""
+    """Mean of softplus(-fake), the non-saturating loss."""
     return F.softplus(-fake).mean()
 
 
 def vanilla_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
-    """Cross-entropy of real and fake logits with their labels, the mean of both."""
+    """Cross-entropy of the logits with their labels, averaged over real and fake."""
     return (_cross_entropy(real, labels.real) + _cross_entropy(fake, labels.fake)) / 2
 
 
 def least_squares_generator(fake: Tensor, real: Tensor | None) -> Tensor:
-    """Squared distance of the fake logits to 1, the mean."""
+    """Mean squared distance of the fake logits from 1."""
     return (fake - 1).square().mean()
 
 
 def least_squares_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
-    """Squared distance of the logits to their labels, the mean of real and fake."""
+    """Mean squared distance of the logits from their labels, averaged over real and fake."""
     return ((real - labels.real).square().mean() + (fake - labels.fake).square().mean()) / 2
 
 
@@ -104,12 +104,12 @@ def hinge_generator(fake: Tensor, real: Tensor | None) -> Tensor:
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor, labels: Labels) -> Tensor:
-    """Hinge loss with margin 1, the mean of real and fake."""
+    """Hinge loss with margin 1, averaged over real and fake."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def relativistic_generator(fake: Tensor, real: Tensor | None) -> Tensor:
-    """softplus(real - fake) of each pair, the mean."""
+    """Mean of softplus(real - fake) over all pairs."""
     assert real is not None
     return F.softplus(real - fake).mean()
 

@@ -1,4 +1,4 @@
-"""Colour space conversions, and generators that work in another colour space than RGB.
+"""Colour space conversions, and generators that work in a colour space other than RGB.
 
 RGB is sRGB in [0, 1], NCHW. YCbCr is full-range ITU-R BT.601 as in JPEG (JFIF 1.02): all three
 planes are in [0, 1], and grey has 0.5 in both chroma planes. Oklab is that of Björn Ottosson, "A

@@ -285,7 +285,7 @@ def _conv(
 
 
 def _num_stages(crop: int) -> int:
-    """Return how often `crop` can be halved, rounding down, to at least 3."""
+    """Return how many times `crop` can be halved, rounding down, to at least 3."""
     stages = 0
     while crop >> (stages + 1) >= 3:
         stages += 1

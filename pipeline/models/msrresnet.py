@@ -1,4 +1,4 @@
-"""MSRResNet: SRResNet without batch norm, which learns the difference to an interpolated image.
+"""MSRResNet: SRResNet without batch norm, which learns the difference from an interpolated image.
 
 The network of Ledig et al., CVPR 2017, https://arxiv.org/abs/1609.04802, with the residual blocks
 of Lim et al., "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPR Workshops

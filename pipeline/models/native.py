@@ -30,7 +30,7 @@ COMPILERS = ("g++", "c++")
 KERNEL_SIZES = (3, 5)
 BUILD_TIMEOUT = 120  # seconds
 TOLERANCE = 1e-4
-"""For the check after loading: largest difference to PyTorch, relative to the largest value."""
+"""For the check after loading: largest difference from PyTorch, relative to the largest value."""
 
 
 class NotBuiltError(Exception):

@@ -277,24 +277,24 @@ def read_tensors(
         arch = "RealPLKSR"
     if arch not in ARCHITECTURES:
         raise ValueError(
-            f"is of spandrel's {arch}, which is not supported: "
+            f"holds spandrel's {arch}, which is not supported: "
             f"{REFUSED.get(arch, 'it does not upscale photographs')}"
         )
     if found.scale == 1 or (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
         raise ValueError(
-            f"is of spandrel's {arch}, scale {found.scale}, with {found.input_channels} input and "
+            f"holds spandrel's {arch}, scale {found.scale}, with {found.input_channels} input and "
             f"{found.output_channels} output channels; only scales from 2 and {COLOURS} channels "
             "are supported"
         )
     if type(model) is not class_of(arch, found.scale):
         raise ValueError(
-            f"is of spandrel's {type(model).__name__}, a variant of {arch} that is not supported"
+            f"holds spandrel's {type(model).__name__}, a variant of {arch} that is not supported"
         )
     state = dict(model.state_dict())
     for name, tensor in tensors.items():  # loading would cast silently
         if name in state and state[name].is_floating_point() and not tensor.is_floating_point():
             raise ValueError(
-                f"is of spandrel's {arch}, but its tensor {name!r} is {tensor.dtype}; save the "
+                f"holds spandrel's {arch}, but its tensor {name!r} is {tensor.dtype}; save the "
                 "weights as floating-point numbers"
             )
     usual = {**defaults_of(type(model)), **DEFAULTS.get(arch, {})}

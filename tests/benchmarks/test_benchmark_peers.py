@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: options are checked first, and loops are run in turns and ended."""
+"""benchmarks/peers.py: options are checked first, and loops take turns and are ended."""
 
 from __future__ import annotations
 

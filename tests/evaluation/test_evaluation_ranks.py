@@ -356,7 +356,7 @@ def test_few_images_are_not_split(work, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     note, model = done.stdout.splitlines()[:2]
-    assert note == "note: 3 images are too few for 2 processes; using 1"
+    assert note == "note: too few images (3) for 2 processes; using 1"
     assert model.endswith("on cpu; 3 images, LR made by bicubic downscaling")
 
 

@@ -383,10 +383,10 @@ def test_files_of_other_purposes_are_refused(tmp_path):
     from spandrel.architectures.DnCNN import DnCNN
 
     for network, message in (
-        (DnCNN(in_nc=3, out_nc=3, nc=8, nb=4), "is of spandrel's DnCNN, which is not supported"),
+        (DnCNN(in_nc=3, out_nc=3, nc=8, nb=4), "holds spandrel's DnCNN, which is not supported"),
         (
             Compact(num_in_ch=1, num_out_ch=1, num_feat=8, num_conv=2, upscale=2),
-            "is of spandrel's Compact, scale 2, with 1 input and 1 output channels",
+            "holds spandrel's Compact, scale 2, with 1 input and 1 output channels",
         ),
     ):
         torch.save(network.state_dict(), tmp_path / "other.pth")

@@ -141,7 +141,7 @@ def _global_sharpness(luma: np.ndarray, half: np.ndarray) -> float:
 
 
 def _high_pass(luma: np.ndarray) -> float:
-    """Root mean square of the difference to a 3x3 mean."""
+    """Root mean square of the difference from a 3x3 mean."""
     return cv2.norm(luma, cv2.blur(luma, (3, 3)), cv2.NORM_L2) / luma.size**0.5
 
 

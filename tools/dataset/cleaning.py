@@ -56,7 +56,7 @@ class Cleaner:
         bad: list[FileCheck],
         delete: bool,
     ) -> None:
-        """`made_again`: bad files that may be cut again; `delete`: do not move but delete.
+        """`made_again`: bad files that may be cut again; `delete`: delete instead of moving.
 
         Raises `UserError` if a dataset is in use or cannot be written.
         """

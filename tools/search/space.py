@@ -159,7 +159,7 @@ class Space:
         return next(parameter for parameter in self.parameters if parameter.key == key)
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """List the differences to the plain values of a study.
+        """List the differences from the plain values of a study.
 
         An entry is `"ema_decay: [0.9] in the study, [0.99] asked for"`, for example.
         """

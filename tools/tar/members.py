@@ -88,7 +88,7 @@ class TarReader:
         limits: Limits = DEFAULT_LIMITS,
         wanted: Callable[[str], bool] | None = None,
     ) -> None:
-        """`wanted` tells by its name whether to read a member.
+        """`wanted` tells from a member's name whether to read it.
 
         Other members are skipped, in uncompressed archives without reading them.
         """

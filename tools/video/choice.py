@@ -49,7 +49,7 @@ class Sampling:
     frame_interval: int = 10  # average number of frames between candidates
     min_interval: int = 4
     max_interval: int = 15
-    min_change: float = 4.0  # minimum difference to every stored frame, see `difference`
+    min_change: float = 4.0  # minimum difference from every stored frame, see `difference`
 
 
 class FrameCandidate(NamedTuple, Generic[Item]):
@@ -83,7 +83,7 @@ def thumbnail(frame: VideoFrame) -> np.ndarray:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference of two thumbnails, in grey levels."""
+    """Mean absolute difference between two thumbnails, in grey levels."""
     return cv2.norm(one, other, cv2.NORM_L1) / one.size
 
 

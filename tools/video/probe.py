@@ -200,7 +200,7 @@ def probe(path: Path) -> VideoInfo:
         turn or Orientation(),
         codec.lossy or not codec.lossless or is_halved,
         refusals,
-        f"truncated: {missing_s:.1f} s are missing at its end" if missing_s else "",
+        f"truncated: the last {missing_s:.1f} s are missing" if missing_s else "",
     )
 
 
