@@ -502,10 +502,8 @@ def test_more_processes_than_gpus_are_refused() -> None:
         (find_rank_info(srun(1)), 0),
     ):
         said = complaint(gpu_of, place, gpus)
-        assert (
-            f"LOCAL_RANK is {place.local_rank}, but this process sees {gpus} GPU{'s' * (gpus != 1)};"
-            in said
-        )
+        seen = f"{gpus} GPU{'s' * (gpus != 1)}"
+        assert f"LOCAL_RANK is {place.local_rank}, but this process sees {seen};" in said
         assert "at most one process per GPU" in said
 
 
