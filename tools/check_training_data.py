@@ -36,7 +36,7 @@ from tools.dataset.judging import (
     Findings,
     other_sides,
 )
-from tools.files import IMAGES, EntryKind, converted_note, links_note, printable, scan
+from tools.files import IMAGES, EntryKind, converted_note, counted, links_note, printable, scan
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
 MAX_BAD_FRACTION = 0.05  # more than this points to a wrong option or a broken disk
@@ -114,12 +114,9 @@ def main(options: Options) -> int:
     made_again = _add_other_sides(root, survey, crops, findings)
     _summarize(survey, findings)
     if cleaned := cleaned_away(root, survey.manifests, crops):
-        print(f"{cleaned} crops listed in a manifest were removed by --clean and are not recreated")
+        print(f"listed crops that --clean removed, which are not recreated: {cleaned}")
     if crops.missing():
-        print(
-            f"{crops.missing()} crops listed in a manifest are missing; rerun the tool that "
-            "made them"
-        )
+        print(f"listed crops that are missing: {crops.missing()}; rerun the tool that made them")
     if findings.bad and options.clean:
         _refuse_too_many(len(findings.bad), survey.images, options.force)
         # Read the lists before anything moves: a broken list must not stop the run halfway.
@@ -280,9 +277,10 @@ def _summarize(survey: Survey, findings: Findings) -> None:
     """Print what was checked and what was found."""
     num_bad, seconds = len(findings.bad), max(findings.seconds, 1e-3)
     print(
-        f"{survey.images} images checked in {seconds:.1f} s ({survey.images / seconds:.0f} "
-        f"files/s, {findings.bytes / 1e6:.0f} MB read): {findings.good} good, {num_bad} bad, "
-        f"{len(findings.unreadable)} could not be read; {survey.foreign} other files left alone"
+        f"{counted(survey.images, 'images')} checked in {seconds:.1f} s "
+        f"({survey.images / seconds:.0f} files/s, {findings.bytes / 1e6:.0f} MB read): "
+        f"{findings.good} good, {num_bad} bad, {len(findings.unreadable)} could not be read; "
+        f"{survey.foreign} other files left alone"
     )
     if findings.bad:
         counts = Counter(check.gate for check in findings.bad)
@@ -318,11 +316,11 @@ def _report_cleaned(root: Path, cleaner: Cleaner, delete: bool, are_listed: bool
     for path, reason in cleaner.failed:
         print(f"could not be {'deleted' if delete else 'moved'}: {printable(path)}: {reason}")
     if delete:
-        print(f"deleted {cleaner.taken} files")
+        print(f"files deleted: {cleaner.taken}")
     else:
         print(
-            f"moved {cleaner.taken} files to {root / QUARANTINE}, each to its old path there; to "
-            f"undo, move it back ({REPORT} lists all files and the reasons)"
+            f"files moved to {root / QUARANTINE}, each to its old path there: {cleaner.taken}; to "
+            f"undo, move them back ({REPORT} lists all files and the reasons)"
         )
     if are_listed:
         say(

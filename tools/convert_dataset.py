@@ -40,7 +40,7 @@ from pipeline.files import flush, write_atomically
 from tools.crops.cutting import REJECTS, SETTINGS
 from tools.crops.dataset import refuse_nested
 from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
-from tools.files import IMAGES, Files, printable, scan, walk
+from tools.files import IMAGES, Files, counted, printable, scan, walk
 from tools.images import decode, decode_file, is_stored_as, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
@@ -262,8 +262,8 @@ def _cpu_seconds() -> float:
 def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu: float) -> None:
     """Print what was done, how fast, and what was left out."""
     print(
-        f"{totals.files} images converted and verified in {out}; {totals.already} were already "
-        f"there, {totals.failed} could not be converted"
+        f"{counted(totals.files, 'images')} converted and verified in {out}; already there: "
+        f"{totals.already}; {totals.failed} could not be converted"
     )
     if totals.files:
         before, after, megapixels = (
@@ -302,8 +302,8 @@ def _report_surplus(sources: list[str], out: Path, form: str) -> None:
         print(f"... and {count - NUM_SHOWN} more without a source")
     if count:
         print(
-            f"{count} images in {out} no longer have a source; they are kept, as are their lines "
-            "in lists and manifests: delete them if they were removed on purpose"
+            f"images in {out} that no longer have a source: {count}; they are kept, as are their "
+            "lines in lists and manifests: delete them if they were removed on purpose"
         )
 
 

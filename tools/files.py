@@ -58,12 +58,17 @@ def links_note(linked_folders: list[str]) -> str:
     return f" (links to folders are not followed: {', '.join(linked_folders[:3])})"
 
 
+def counted(number: int, plural: str) -> str:
+    """Return a number with its noun, such as `1 photo` or `2 photos`."""
+    return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
+
+
 def converted_note(
     profiles: Counter[str], what: str, done: str = "they were converted to sRGB"
 ) -> str:
     """One-line report on images with a colour profile other than sRGB, counted by profile name."""
     names = ", ".join(f"{count} {name}" for name, count in profiles.most_common(5))
-    return f"{profiles.total()} {what} have a colour profile other than sRGB ({names}); {done}"
+    return f"{what} with a colour profile other than sRGB: {profiles.total()} ({names}); {done}"
 
 
 def walk(root: Path, manifest_name: str) -> Files:

@@ -269,8 +269,8 @@ def _advise(out: Path, settings: CropSettings) -> None:
     if kept:
         offers.append(f"--keep-lossy-size would keep {kept} at this size")
     print(
-        f"{sides.total()} photos were too small for --size "
-        f"{settings.size}{'; ' + ', '.join(offers) if offers else ''}"
+        f"photos too small for --size {settings.size}: {sides.total()}"
+        f"{'; ' + ', '.join(offers) if offers else ''}"
     )
 
 

@@ -83,7 +83,7 @@ def main(options: Options) -> int:
     if unread:
         print(unread_note(unread))
     if gone and options.photos.expanduser().is_dir():
-        print(f"{gone} photos of earlier runs are no longer in {photos}; their crops in {out} stay")
+        print(f"photos of earlier runs no longer in {photos}: {gone}; their crops in {out} stay")
     return 1 if dataset.totals.bad or dataset.is_empty else 0
 
 

@@ -135,7 +135,7 @@ def _table(lines: list[tuple[str, ...]]) -> str:
 def _sentences(statistics: Statistics) -> list[str]:
     """The hashes, and anything that needs attention."""
     sentences = [
-        f"{source.lr_images} LR images belong to the images of {printable(source.folder)}"
+        f"LR images of the images in {printable(source.folder)}: {source.lr_images}"
         for source in statistics.sources
         if source.lr_images
     ]
@@ -145,9 +145,7 @@ def _sentences(statistics: Statistics) -> list[str]:
             f"{', '.join(map(printable, statistics.linked_folders))}"
         )
     if statistics.quarantine.total:
-        sentences.append(
-            f"{statistics.quarantine.total} files are in quarantine; they are not counted"
-        )
+        sentences.append(f"files in quarantine, not counted: {statistics.quarantine.total}")
     sentences += [f"warning: {warning}" for warning in warnings(statistics)]
     if statistics.lists_hash:
         sentences.append(f"hash of the lists (the same on every node): {statistics.lists_hash}")

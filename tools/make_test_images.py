@@ -18,6 +18,7 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_pixels import prepare_decoders
 from pipeline.libraries import cv2
+from tools.files import counted
 from tools.images import WEBP_MAX_SIDE, encode
 from tools.parallel import ordered_map, progress, thread_count
 
@@ -91,8 +92,8 @@ def main(options: Options) -> int:
             f"{out}: cannot be written: {error.strerror}; choose another OUT"
         ) from error
     print(
-        f"{written} images of {options.size[0]}x{options.size[1]} written to {out}; "
-        f"{options.count - written} were already there"
+        f"{counted(written, 'images')} of {options.size[0]}x{options.size[1]} written to {out}; "
+        f"already there: {options.count - written}"
     )
     return 0
 

@@ -17,7 +17,7 @@ from av.container import InputContainer, OutputContainer
 from av.stream import Disposition, Stream
 
 from pipeline.cli import UserError, run
-from tools.files import printable
+from tools.files import counted, printable
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.probe import BadVideoError, open_video, probe, read_packets
 
@@ -64,8 +64,8 @@ def main(options: Options) -> int:
             bar.update()
     failed = [outcome for outcome in outcomes if outcome.problem]
     print(
-        f"{len(todo) - len(failed)} films written as .mp4; {len(sources) - len(todo)} were "
-        f"already there, {len(failed)} skipped"
+        f"{counted(len(todo) - len(failed), 'films')} written as .mp4; already there: "
+        f"{len(sources) - len(todo)}; skipped: {len(failed)}"
     )
     for outcome in outcomes:
         if outcome.problem or outcome.left_behind:

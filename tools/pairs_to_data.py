@@ -129,7 +129,7 @@ def main(options: Options) -> int:
     for name in unpaired[:20]:
         print(f"no partner: {printable(name)}")
     if unpaired:
-        print(f"{len(unpaired)} files have no partner with a matching name and were omitted")
+        print(f"files omitted because no name matches theirs: {len(unpaired)}")
     return 1 if dataset.totals.bad or unpaired or dataset.is_empty else 0
 
 

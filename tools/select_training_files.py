@@ -27,7 +27,7 @@ from pipeline.data.image_files import (
 )
 from pipeline.data.image_headers import BadImageError, read_header, unread_note
 from tools.crops.manifest import iterate_records
-from tools.files import printable, walk
+from tools.files import counted, printable, walk
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,10 @@ def main(options: Options) -> int:
         name for name in images if options.min_size == 0 or _is_large(root / name, options.min_size)
     ]
     if len(names) < len(images):
-        print(f"omitted {len(images) - len(names)} files smaller than {options.min_size} pixels")
+        print(
+            f"omitted {counted(len(images) - len(names), 'files')} smaller than "
+            f"{options.min_size} pixels"
+        )
     photos = group_by_photo(names, photo_of)
     validation = choose_validation(photos, options)
     lists = {
@@ -95,12 +98,13 @@ def main(options: Options) -> int:
                 "its permissions"
             ) from error
     print(
-        f"training:   {len(photos) - len(validation)} photographs, {len(lists[TRAINING_LIST])} "
-        "files in "
+        f"training:   {counted(len(photos) - len(validation), 'photographs')}, "
+        f"{counted(len(lists[TRAINING_LIST]), 'files')} in "
         f"{root / TRAINING_LIST}"
     )
     print(
-        f"validation: {len(validation)} photographs, {len(lists[VALIDATION_LIST])} files in "
+        f"validation: {counted(len(validation), 'photographs')}, "
+        f"{counted(len(lists[VALIDATION_LIST]), 'files')} in "
         f"{root / VALIDATION_LIST}"
     )
     if files.unread:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.remote import CommandResult
-from launch.doctor.findings import FAIL, PASS, WARN, Finding
+from launch.doctor.findings import FAIL, PASS, WARN, Finding, counted
 from pipeline.installation import INSTALLED, as_typed
 
 Facts = Mapping[str, Any]
@@ -133,7 +133,7 @@ def checkout(pair: Comparison) -> Iterator[Finding]:
         yield pair.finding(
             "checkout",
             FAIL,
-            _count(len(differing), "different file"),
+            counted(len(differing), "different file"),
             f"differs from {pair.first} in {_some(differing)}{at}; {SYNC}",
         )
     else:
@@ -188,7 +188,7 @@ def packages(pair: Comparison) -> Iterator[Finding]:
         yield pair.finding(
             "packages",
             FAIL,
-            _count(len(missing) + len(other), "different package"),
+            counted(len(missing) + len(other), "different package"),
             f"{'; '.join(problems)}; {SYNC}"
             + ("" if INSTALLED else ", or `pip install -r requirements.txt` there"),
         )
@@ -211,11 +211,11 @@ def cores(pair: Comparison) -> Iterator[Finding]:
             "cores",
             WARN,
             f"{number} for {ranks} ranks",
-            f"{_count(number, 'core')} for {ranks} ranks, which will wait for each other; set "
+            f"{counted(number, 'core')} for {ranks} ranks, which will wait for each other; set "
             "fewer slots in the hostfile",
         )
     else:
-        yield pair.finding("cores", PASS, f"{number} for {_count(ranks, 'rank')}")
+        yield pair.finding("cores", PASS, f"{number} for {counted(ranks, 'rank')}")
 
 
 def memory(pair: Comparison) -> Iterator[Finding]:
@@ -226,7 +226,7 @@ def memory(pair: Comparison) -> Iterator[Finding]:
             "memory",
             WARN,
             summary,
-            f"{free / GIB:.1f} GiB of memory is free for {_count(ranks, 'rank')} that need about "
+            f"{free / GIB:.1f} GiB of memory is free for {counted(ranks, 'rank')} that need about "
             f"{LOW_MEMORY_BYTES_PER_RANK / GIB:.0f} each; see what else runs there (`top`)",
         )
     else:
@@ -350,7 +350,7 @@ def gpus(pair: Comparison) -> Iterator[Finding]:
         yield pair.finding(
             "GPUs",
             FAIL,
-            f"{len(found)} GPUs",
+            counted(len(found), "GPU"),
             f"{has} has GPUs and {lacks} has none; omit one of them with --exclude, or install the "
             "NVIDIA driver",
         )
@@ -361,8 +361,8 @@ def gpus(pair: Comparison) -> Iterator[Finding]:
         yield pair.finding(
             "GPUs",
             FAIL,
-            f"{len(found)} GPUs",
-            f"it has {_count(len(found), 'GPU')}, but the hostfile also uses slots {numbers} "
+            counted(len(found), "GPU"),
+            f"it has {counted(len(found), 'GPU')}, but the hostfile also uses slots {numbers} "
             f"(counted from 0); write slots={len(found)}",
         )
     yield from _torch(pair)
@@ -568,10 +568,6 @@ def explain(done: CommandResult) -> tuple[str, str]:
 def _copy_key(host: str) -> str:
     has_key = any((Path.home() / ".ssh" / name).is_file() for name in _KEYS)
     return ("" if has_key else "`ssh-keygen -t ed25519 -N ''`, then ") + f"`ssh-copy-id {host}`"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launch.cluster.hostfile import Slots, world_size
-from launch.doctor.findings import FAIL, WARN, Finding, format_table
+from launch.doctor.findings import FAIL, WARN, Finding, counted, format_table
 from launch.doctor.network import Route
 from launch.doctor.prediction import Network
 
@@ -70,8 +70,9 @@ class Diagnosis:
             for text in texts
         ]
         end = (
-            f"{len(self.slots)} hosts, {world_size(self.slots)} ranks, {self.seconds:.1f} s: "
-            f"{len(self.failures) or 'no'} failed, {len(self.warnings) or 'no'} warnings"
+            f"{counted(len(self.slots), 'host')}, {counted(world_size(self.slots), 'rank')}, "
+            f"{self.seconds:.1f} s: {len(self.failures) or 'no'} failed, "
+            f"{counted(len(self.warnings), 'warning') if self.warnings else 'no warnings'}"
         )
         network = self.network.text() if self.network else ""
         parts = [

@@ -67,7 +67,7 @@ def main(options: Options) -> int:
     is_small = options.small or not gpus
     where = gpus[0] if gpus else "the CPU (no GPU in use), small, so its speeds mean little"
     print(
-        f"self-check of {where}; {len(chosen)} sections, at most {options.minutes:g} minutes",
+        f"self-check of {where}; sections: {len(chosen)}, time limit: {options.minutes:g} min",
         flush=True,
     )
     found = check(chosen, options.minutes * 60, is_small=is_small)

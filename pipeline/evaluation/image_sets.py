@@ -363,7 +363,7 @@ def _note(preset: Preset | None, pairs: list[ImagePair], hr: Path) -> str:
     if profiles:
         path, profile = next(iter(profiles.items()))
         notes.append(
-            f"{len(profiles)} images have a colour profile other than sRGB (such as "
+            f"images with a colour profile other than sRGB: {len(profiles)} (such as "
             f"{path.name!r}: {profile}); they are converted to sRGB"
         )
     if unread := unread_note(sorted(path.name for path in hr.iterdir())):

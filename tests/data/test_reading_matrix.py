@@ -271,7 +271,7 @@ def test_every_file_is_read_right_or_refused(folder: Path, tmp_path: Path, comma
     assert reading.mistakes() == []
     if command in ("images_to_data", "pairs_to_data"):
         assert SAID in reading.said
-        assert "have a colour profile other than sRGB" in reading.said
+        assert "with a colour profile other than sRGB: " in reading.said
         assert "Wide test" in reading.said
     if command == "evaluate":
         assert "images have a colour profile other than sRGB" in reading.said
@@ -303,7 +303,7 @@ def test_the_checker_calls_bad_what_is_refused_and_nothing_else(
     )
     assert reading.mistakes() == []
     assert SAID in done.stdout
-    assert "have a colour profile other than sRGB" in done.stdout
+    assert "with a colour profile other than sRGB: " in done.stdout
 
 
 def test_validation_reads_as_training_does(folder: Path) -> None:

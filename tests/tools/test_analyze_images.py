@@ -136,7 +136,7 @@ def test_a_list_and_a_sample(tmp_path: Path) -> None:
     result = run_tool(
         "analyze_images", "--list", tmp_path / "elsewhere.txt", "--data-dir", tmp_path / "data"
     )
-    assert "1 images" in result.stdout
+    assert "1 image," in result.stdout
     runs = [
         run_tool(
             "analyze_images",
@@ -190,7 +190,7 @@ def test_unreadable_files_are_named_and_the_rest_counts(tmp_path: Path) -> None:
     result = run_tool("analyze_images", "--data-dir", tmp_path / "data")
     assert result.returncode == 1
     assert result.stderr == ""
-    assert "1 images" in result.stdout
+    assert "1 image," in result.stdout
     assert f"{len(bad_files()) + 1} could not be read" in result.stdout
     for name in (*bad_files(), "short.npy"):
         assert f"could not be read: {name}: " in result.stdout

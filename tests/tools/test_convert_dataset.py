@@ -215,7 +215,7 @@ def test_what_would_lose_something_is_refused_and_the_rest_is_done(tmp_path: Pat
         "cmyk.jpg: colour mode CMYK",
         "cut.png: ",
         "short.npy: truncated",
-        "1 images converted",
+        "1 image converted",
         "5 could not be converted",
     ):
         assert words in result.stdout, result.stdout
@@ -302,7 +302,7 @@ def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: P
     again = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
     assert again.returncode == 0
     assert "0 images converted" in again.stdout
-    assert "3 were already there" in again.stdout
+    assert "already there: 3" in again.stdout
     assert {
         name: stamp
         for name, stamp in stamped_tree(tmp_path / "out").items()
@@ -314,9 +314,7 @@ def test_a_second_run_does_nothing_and_another_conversion_is_refused(tmp_path: P
     changed = tmp_path / "data/new.npy"
     assert convert(tmp_path / "data", tmp_path / "out", "--to", "png").returncode == 0
     changed.write_bytes(npy(photograph(50, 50, 10)))
-    assert (
-        "1 images converted" in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
-    )
+    assert "1 image converted" in convert(tmp_path / "data", tmp_path / "out", "--to", "png").stdout
     np.testing.assert_array_equal(decode_file(tmp_path / "out/new.png"), photograph(50, 50, 10))
 
 
@@ -345,7 +343,7 @@ def test_an_equal_time_does_not_make_new_pixels_the_old_ones(tmp_path: Path) -> 
         {"a": photograph(50, 50, 1), "b": photograph(50, 50, 2)},
     )
     # Without --remove-source, the copy follows its source.
-    assert "1 images converted" in convert(tmp_path / "in", tmp_path / "out", "--to", "webp").stdout
+    assert "1 image converted" in convert(tmp_path / "in", tmp_path / "out", "--to", "webp").stdout
     assert_same(
         pixels_of(tmp_path / "out", "webp"),
         {"a": photograph(50, 50, 3), "b": photograph(50, 50, 2)},
@@ -401,7 +399,7 @@ def test_copies_without_a_source_are_named_and_stay(tmp_path: Path) -> None:
     result = convert(tmp_path / "data", tmp_path / "out", "--to", "png")
     assert result.returncode == 0, result.stdout
     assert "no longer has a source: DIV2K/a.png/x1_002_000.png\n" in result.stdout
-    assert f"1 images in {tmp_path / 'out'} no longer have a source" in result.stdout
+    assert f"images in {tmp_path / 'out'} that no longer have a source: 1;" in result.stdout
     assert_same(pixels_of(tmp_path / "out", "png"), crops)
 
 
@@ -442,7 +440,7 @@ def test_the_tool_that_made_the_pairs_goes_on_in_the_converted_folder(tmp_path: 
     assert convert(tmp_path / "crops", out, "--to", "webp").returncode == 0
     result = cut("--out", out, "--format", "webp")
     assert result.returncode == 0, result.stderr
-    assert "1 pairs were already there" in result.stdout
+    assert "already there: 1 pair" in result.stdout
     assert convert(tmp_path / "crops", tmp_path / "jp2", "--to", "jp2").returncode == 0
     assert_user_error(
         cut("--out", tmp_path / "jp2", "--format", "webp"), 'started with format = "jp2"'
@@ -477,7 +475,7 @@ def test_a_sparse_file_is_one_bad_image(tmp_path: Path) -> None:
     result = convert(tmp_path / "in", tmp_path / "out", "--to", "npy")
     assert (result.returncode, result.stderr) == (1, "")
     assert "not converted: a.png: " in result.stdout
-    assert "1 images converted" in result.stdout
+    assert "1 image converted" in result.stdout
 
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_hostile_names_stay_within_out(tmp_path):
     result = run_tool(
         "imagenet_to_data", tmp_path / "t.tar", "--out", tmp_path / "deep/out", *PLAIN
     )
-    assert f"{len(names)} photos were already there" in result.stdout
+    assert f"already there: {len(names)} photos" in result.stdout
     assert stamped_tree(tmp_path / "deep/out/t.tar") == before
 
 
@@ -268,15 +268,15 @@ def test_what_was_too_small_and_what_would_keep_it(tmp_path):
     arguments = (tmp_path / "t.tar", "--out", tmp_path / "out", *PLAIN[2:])
     result = run_tool("imagenet_to_data", *arguments)
     assert result.returncode == 0
-    assert "1 photos cut into 1 crops" in result.stdout
+    assert "1 photo cut into 1 crop " in result.stdout
     advice = (
-        "4 photos were too small for --size 128; --size 96 would keep 2, --size 64 would keep 3, "
+        "photos too small for --size 128: 4; --size 96 would keep 2, --size 64 would keep 3, "
         "--keep-lossy-size would keep 2 at this size"
     )
     assert advice in result.stdout
     assert {record["size"] for record in records(tmp_path / "out")} == {128}
     result = run_tool("imagenet_to_data", *arguments)  # not read again, but reported
-    assert "5 photos were already there" in result.stdout
+    assert "already there: 5 photos" in result.stdout
     assert advice in result.stdout
     for size, kept in ((96, 3), (64, 4)):
         assert (
@@ -348,7 +348,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
     before = stamped_tree(out)
     result = run_tool("imagenet_to_data", tmp_path / "t.tar", "--out", out, *arguments)
     assert "0 photos cut into 0 crops" in result.stdout
-    assert "48 photos were already there" in result.stdout
+    assert "already there: 48 photos" in result.stdout
     assert stamped_tree(out) == before
 
 
@@ -368,7 +368,7 @@ def test_finished_members_are_not_even_read(train, tmp_path):
     os.utime(path, ns=(1, 1))
     result = run_tool("imagenet_to_data", path, "--out", tmp_path / "out", *PLAIN)
     assert result.returncode == 0
-    assert "12 photos were already there" in result.stdout
+    assert "already there: 12 photos" in result.stdout
     assert tree(tmp_path / "out") == before
 
 
@@ -385,7 +385,7 @@ def test_changed_archives_are_cut_anew_others_stay(train, tmp_path):
     result = run_tool("imagenet_to_data", train, tmp_path / "b.tar", "--out", out, *PLAIN)
     assert result.returncode == 0
     assert "2 photos cut into 2 crops" in result.stdout
-    assert "12 photos were already there" in result.stdout
+    assert "already there: 12 photos" in result.stdout
     after = stamped_tree(out)
     assert {name: stamp for name, stamp in after.items() if name.startswith("train.tar/")} == {
         name: stamp for name, stamp in before.items() if name.startswith("train.tar/")

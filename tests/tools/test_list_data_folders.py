@@ -181,16 +181,16 @@ def test_warnings_name_what_is_missing_or_unused(changed):
     assert result.returncode == 0
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3
-    assert warnings[0].startswith("warning: two: 1 of its files are missing")
-    assert warnings[1].startswith("warning: new: 1 of its 1 images are in neither list")
-    assert "names 1 missing files" in warnings[2]
+    assert warnings[0].startswith("warning: two: missing files: 1; ")
+    assert warnings[1].startswith("warning: new: images in neither list: 1 of 1")
+    assert ": missing files: 1; write" in warnings[2]
     training = (changed / TRAINING_LIST).read_text().splitlines()
     in_training = next(name for name in training if name.startswith("one/"))
     with open(changed / VALIDATION_LIST, "a") as file:
         file.write(f"{in_training}\n")
     found = listed(changed)
     assert found["total"]["photographs_in_both_lists"] == 1
-    assert any("1 photographs are in both lists" in warning for warning in found["warnings"])
+    assert any("photographs in both lists: 1;" in warning for warning in found["warnings"])
     (changed / VALIDATION_LIST).unlink()
     assert f"no {VALIDATION_LIST}" in " ".join(listed(changed)["warnings"])
     assert listed(changed)["lists_hash"] is None

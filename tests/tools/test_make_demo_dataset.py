@@ -84,7 +84,7 @@ def test_second_call_writes_no_crop_anew(out):
     before = stamped_tree(out)
     result = run_tool("make_demo_dataset", out)
     assert result.returncode == 0
-    assert "6 photos were already there" in result.stdout
+    assert "already there: 6 photos" in result.stdout
     after = stamped_tree(out)
     lists = {f"dataset/{TRAINING_LIST}", f"dataset/{VALIDATION_LIST}"}
     assert {name: stamp for name, stamp in after.items() if name not in lists} == {

@@ -113,10 +113,10 @@ def _pixels(path: Path) -> np.ndarray:
 def test_a_second_run_changes_nothing_and_a_lost_side_is_made_again(folders, tmp_path):
     assert cut(folders, tmp_path).returncode == 0
     before = stamped_tree(tmp_path)
-    assert "3 pairs were already there" in cut(folders, tmp_path).stdout
+    assert "already there: 3 pairs" in cut(folders, tmp_path).stdout
     assert stamped_tree(tmp_path) == before
     (tmp_path / "0001.png/x1_000_000_lr4.npy").unlink()
-    assert "1 pairs cut" in cut(folders, tmp_path).stdout
+    assert "1 pair cut" in cut(folders, tmp_path).stdout
     assert tree(tmp_path).keys() == before.keys()
 
 
@@ -253,7 +253,7 @@ def test_one_folder_may_hold_both_sides(tmp_path):
     result = cut((tmp_path / "both", tmp_path / "both"), tmp_path / "out")
     assert {record["photo"] for record in records(tmp_path / "out")} == {"img_001_SRF_4_HR.png"}
     assert "no partner: img_002_SRF_4_HR.png" in result.stdout
-    assert "1 files have no partner" in result.stdout
+    assert "files omitted because no name matches theirs: 1\n" in result.stdout
     assert "differ in content" not in result.stdout
 
 

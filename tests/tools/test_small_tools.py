@@ -89,7 +89,7 @@ def test_images_that_are_there_stay(tmp_path: Path) -> None:
     before = stamped_tree(tmp_path)
     again = run_tool(*arguments)
     assert "0 images" in again.stdout
-    assert "3 were already there" in again.stdout
+    assert "already there: 3" in again.stdout
     assert stamped_tree(tmp_path) == before
     assert_user_error(
         run_tool(*arguments, "--seed", 5), "00000_noise.png", "a different file with this name"

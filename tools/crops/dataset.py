@@ -36,7 +36,7 @@ from tools.crops.cutting import (
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.manifest import CropRecord, format_lines, parse_line
 from tools.crops.options import benchmark_fingerprint
-from tools.files import converted_note, printable
+from tools.files import converted_note, counted, printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 NUM_SHOWN = 20
@@ -528,8 +528,8 @@ class Clock:
         """Print what was done, how fast, and what was rejected."""
         wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
         print(
-            f"{totals.units} {name} cut into {totals.crops} crops in {out}; {totals.already} "
-            f"{name} were already there"
+            f"{counted(totals.units, name)} cut into {counted(totals.crops, 'crops')} in {out}; "
+            f"already there: {counted(totals.already, name)}"
         )
         if totals.crops:
             megapixels = totals.pixels / 1e6

@@ -206,8 +206,8 @@ def _read_rejects(statistics: Statistics, survey: _Survey, seed: int) -> None:
 def warnings(statistics: Statistics) -> list[str]:
     """One line for each problem that will affect training or leave data unused."""
     lines = [
-        f"{printable(source.folder)}: {source.missing} of its files are missing; rerun the "
-        "tool that made them"
+        f"{printable(source.folder)}: missing files: {source.missing}; rerun the tool that made "
+        "them"
         for source in statistics.recorded
         if source.missing
     ]
@@ -227,19 +227,18 @@ def warnings(statistics: Statistics) -> list[str]:
             + as_typed(f"`python tools/select_training_files.py --data-dir {statistics.root}`"),
         ]
     lines += [
-        f"{printable(source.folder)}: {source.unlisted} of its {source.images} images are in "
-        "neither list"
+        f"{printable(source.folder)}: images in neither list: {source.unlisted} of {source.images}"
         for source in statistics.sources
         if source.unlisted
     ]
     for name, names in ((TRAINING_LIST, lists.training), (VALIDATION_LIST, lists.validation)):
         if len(names.keys) > names.found:
             lines.append(
-                f"{name} names {len(names.keys) - names.found} missing files; write the "
-                "lists again with "
+                f"{name}: missing files: {len(names.keys) - names.found}; write the lists again "
+                "with "
                 + as_typed(f"`python tools/select_training_files.py --data-dir {statistics.root}`")
             )
     in_both = total(statistics.sources, "in_both")
     if in_both:
-        lines.append(f"{in_both} photographs are in both lists: validation would see training data")
+        lines.append(f"photographs in both lists: {in_both}; validation would see training data")
     return lines

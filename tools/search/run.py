@@ -166,7 +166,7 @@ class Search:
                 "continue"
             )
         elif interrupted and waits_for_others(self._study, set()):
-            print(f"{interrupted} trials are still running in other searches")
+            print(f"trials still running in other searches: {interrupted}")
         return 0
 
     @contextlib.contextmanager

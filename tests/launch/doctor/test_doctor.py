@@ -298,7 +298,7 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
             "GPUs",
             {"nvidia/gpus": [gpu(0)]},
             FAIL,
-            "1 GPUs",
+            "1 GPU",
             "it has 1 GPU, but the hostfile also uses slots 1 (counted from 0); write slots=1",
         ),
         (
@@ -806,7 +806,7 @@ def test_a_diagnosis_for_people_and_for_machines() -> None:
         "",
         "the prediction",
         "",
-        "2 hosts, 3 ranks, 1.2 s: 1 failed, 1 warnings",
+        "2 hosts, 3 ranks, 1.2 s: 1 failed, 1 warning",
     ]
     content = json.loads(json.dumps(whole.as_json()))
     assert (content["ok"], content["slots"], content["master_address"]) == (

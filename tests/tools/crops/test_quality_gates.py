@@ -145,7 +145,7 @@ def test_gates_can_be_turned_off(photos, tmp_path):
 
 def test_rejects_are_not_looked_at_again(photos, cut):
     result = run_tool("images_to_data", photos, photos.parent / "out", "--size", 128)
-    assert f"{len(planted())} photos were already there" in result.stdout
+    assert f"already there: {len(planted())} photos" in result.stdout
     assert result.returncode == 0
 
 
