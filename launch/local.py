@@ -61,8 +61,8 @@ def main(options: TrainOptions) -> int:
     num_gpus = environment.num_gpus()
     if num_gpus and options.procs > num_gpus:
         raise UserError(
-            f"--procs {options.procs} exceeds this machine's number of GPUs, {num_gpus}; start "
-            "at most one process per GPU"
+            f"--procs {options.procs} is more than this machine's {num_gpus} "
+            f"GPU{'s' if num_gpus > 1 else ''}; use at most one process per GPU"
         )
     processes = options.procs or num_gpus or 1
     _check_batch(plan, processes, is_chosen=options.procs > 0)

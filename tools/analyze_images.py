@@ -99,7 +99,7 @@ def main(options: Options) -> int:
         print(f"... and {failed - NUM_SHOWN} more could not be read")
     if not analysis.luma.count:
         raise RunError(
-            f"none of the {len(names)} images could be read; examine them with `python "
+            f"none of the images ({len(names)}) could be read; examine them with `python "
             "tools/check_training_data.py`"
         )
     numbers = summary(analysis)

@@ -175,7 +175,7 @@ def _read_sample(files: list[Path], options: Options) -> tuple[BenchmarkImages, 
             break
     if not sample.files:
         raise RunError(
-            f"none of the {len(drawn)} drawn images could be read; examine them with `python "
+            f"none of the drawn images ({len(drawn)}) could be read; examine them with `python "
             "tools/check_training_data.py`"
         )
     return sample, unreadable

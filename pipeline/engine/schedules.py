@@ -4,7 +4,7 @@ DeepSpeed's warm-up schedules are implemented as formulas here, for both runtime
 rates. Its OneCycle and LRRangeTest are left to DeepSpeed. `pipeline.config.ds_config.SCHEDULES`
 lists all names.
 
-A schedule counts the updates of its own network, not the steps of the run: if a network learns at
+A schedule counts the updates of its own network, not the steps of the run: if a network learns
 every third step, `milestones`, `T_max`, `total_iters` and `warmup_num_steps` are a third of the
 steps.
 """

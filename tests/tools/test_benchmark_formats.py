@@ -187,7 +187,7 @@ def test_the_sample_is_seeded_and_bad_files_are_named(tmp_path: Path) -> None:
         assert name in result.stdout
     only_bad = run_tool("benchmark_formats", tmp_path / "data/cut.png", *FAST)
     assert only_bad.returncode == 1
-    assert only_bad.stderr.startswith("error: none of the 1 drawn images could be read")
+    assert only_bad.stderr.startswith("error: none of the drawn images (1) could be read")
 
 
 def test_user_errors(tmp_path: Path) -> None:
