@@ -1,4 +1,4 @@
-"""Measure how long saving a checkpoint makes training wait, in the step and in the background.
+"""Measure how long training waits for a checkpoint that is saved in the step or in the background.
 
 The ways take turns, and are compared as ratios within one run.
 """
@@ -39,9 +39,9 @@ IN_STEP, IN_BACKGROUND, PLAIN = (
 class Options:
     """Save a network with its EMA weights and Adam's moments repeatedly, in three ways.
 
-    Written in the step: training waits for the whole commit. Copied, written in the background: it
-    waits only for the copy to host memory. The third way is what many trainers do: one torch.save
-    of weights, EMA weights and moments.
+    If the step itself writes, training waits for the whole commit. If the state is copied and then
+    written in the background, training waits only for the copy to host memory. The third way is
+    what many trainers do: one torch.save of weights, EMA weights and moments.
 
     Example: python benchmarks/checkpoint.py --network rrdbnet num_blocks=23
     """

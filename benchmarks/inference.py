@@ -111,7 +111,7 @@ class Row:
     least: float
     greatest: float
     megapixels: float
-    """Megapixels of the result per second."""
+    """Output megapixels per second."""
     ratio: float
     """Speed relative to the first way, median of the rounds."""
     psnr: float | None

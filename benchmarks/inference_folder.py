@@ -64,7 +64,7 @@ def measure_folder(
 ) -> list[FolderRow]:
     """Run every command `rounds` times, taking turns.
 
-    The commands of `upscale.py` run once before, so that their conversions are in the cache.
+    The commands of `upscale.py` run once beforehand, so that their conversions are in the cache.
 
     Raises:
         UserError: the folder contains no PNG pictures.

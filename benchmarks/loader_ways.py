@@ -367,7 +367,7 @@ def variant(
     has_margin = margin != "none"
     is_cut = cut == "host" and (has_margin or turn == "host")
     cut_as = ("turned" if turn == "host" else "plain") if is_cut else ""
-    # Outside of graph(), because DALI would convert the code that graph() calls.
+    # Outside graph(), because DALI would convert the code that graph() calls.
     arrays = _our_arrays(setting, has_margin=has_margin, cut=cut_as, read=read)
 
     @pipeline_def(

@@ -65,7 +65,7 @@ def _setting(what: dict[str, Any], batch: int) -> Any:
 
 
 def _window(what: dict[str, Any], step: int) -> None:
-    """Report the end of a window, if update number `step` (1, 2, ...) is its last."""
+    """Report the end of a window if update `step`, counted from 1, is its last."""
     if step % what["steps"] == 0:
         with open(what["out"], "a") as file:
             file.write("window\n")

@@ -29,7 +29,7 @@ def cut_folder(names: list[Path], out: Path, size: int, processes: int) -> None:
 
 
 def cut_photo(name: Path, out: Path, size: int) -> None:
-    """Write the crops of one photograph in full size, 1/2, 1/4, ... while one fits."""
+    """Write the crops of one photograph at full size, 1/2, 1/4, ... as long as one fits."""
     image = Image.open(name).convert("RGB")
     scale = 1
     while min(image.size) >= size:

@@ -81,8 +81,8 @@ class Options:
 
     The bounds come from the rates of arithmetic and of memory. Every case runs in its own process,
     set up as by train.py, including the loader, on generated photographs. Uncompiled networks are
-    also timed in a bare PyTorch loop, alternately; the table has the ratio to the better of both
-    layouts.
+    also timed in a bare PyTorch loop, alternately; the table has the ratio to the faster of the
+    two layouts.
 
     Example: python benchmarks/train_step.py --networks vapsr_x4 --batches 8 --ways eager compiled
     """

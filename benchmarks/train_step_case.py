@@ -268,7 +268,7 @@ def _in_turns(
 def _parts(run: Any, step: Callable[[Stopwatch], None], device: torch.device) -> dict[str, float]:
     """Return the seconds of each part of a step.
 
-    On a GPU each part is waited for, so that their sum exceeds the step's time.
+    On a GPU, each part is waited for, so their sum exceeds the step's time.
     """
     trainer, watch, steps = run.trainer, Stopwatch(device), 3
     own = {

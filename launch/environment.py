@@ -72,8 +72,8 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
         environment[CPU] = "1"
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         return environment | allocator_variables(environment)
-    # Growing segments fragment memory less, with validation images of all sizes, DALI's pool and
-    # the training steps sharing one GPU.
+    # Expandable segments reduce fragmentation, since validation images of all sizes, DALI's pool
+    # and the training steps share one GPU.
     if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if environment.get("CUDA_VISIBLE_DEVICES"):  # the launcher takes these GPUs and no others

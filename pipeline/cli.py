@@ -96,7 +96,7 @@ def exit_status(action: Callable[[], int | None]) -> int:
 
 
 class _Stdout(io.FileIO):
-    """stdout that discards output once its reader is gone, also in child processes from then on."""
+    """stdout that discards output once its reader is gone, for later child processes too."""
 
     def __init__(self, descriptor: int, ends_with_reader: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)

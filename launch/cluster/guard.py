@@ -1,8 +1,8 @@
 """The guard of one rank: runs `train.py` and ends it when the first node says so or falls silent.
 
-DeepSpeed's launcher starts one guard per rank, with all it needs to know in one base64 word, in
-which no shell on the way finds anything to interpret. It imports neither torch nor DeepSpeed, so it
-can still act while a rank hangs inside them.
+DeepSpeed's launcher starts one guard per rank, and passes it all it needs to know as one base64
+word, which no shell on the way can misinterpret. It imports neither torch nor DeepSpeed, so it can
+still act while a rank hangs inside them.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Guard:
             # The last output may still be in the pipes. Do not wait for their end: a process that
             # the child left behind can hold them open for as long as it lives.
             await asyncio.to_thread(_join, copies, LAST_WORDS_SECONDS)
-            # Processes that the child has left behind: it began a session of its own, so they are
+            # Kill what the child left behind: it began a session of its own, so those processes are
             # in its group.
             self._signal(signal.SIGKILL)
             await asyncio.to_thread(_join, copies, 1)
@@ -203,7 +203,7 @@ class Guard:
         loop, descriptor = asyncio.get_running_loop(), stream.fileno()
 
         def copy() -> None:
-            # A read may end within a character.
+            # A read may end in the middle of a character.
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
             while True:
                 # Returns what is there, whereas a buffered stream would wait for more.
@@ -241,8 +241,8 @@ class Guard:
             self._heard = time.monotonic()
             if "stop" in message:
                 self._stop(float(message["stop"]))
-        # The supervisor is gone, but the other ranks may live. Their guards have lost it, too, and
-        # all have time to save together.
+        # The supervisor is gone, but the other ranks may be alive. Their guards have lost it too,
+        # so all ranks have time to save together.
         self._stop(ORPHAN_SECONDS)
 
     async def _watch(self, writer: asyncio.StreamWriter) -> None:
@@ -262,7 +262,7 @@ class Guard:
 
         A later call can only shorten the time left.
         """
-        # There is no rank yet that could save.
+        # The rank has not been started, so there is nothing to save.
         if self._child is None:
             sys.exit(128 + signal.SIGTERM)
         if self._kill_at == float("inf"):

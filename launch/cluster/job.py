@@ -144,8 +144,8 @@ class ClusterJob:
         variables["DS_ENV_FILE"] = str(file)
         if CPU in self.variables or not may_have_gpu():
             variables["DS_ACCELERATOR"] = "cpu"
-        # The guards detect a lost host; ssh must not give up before they do, during a short
-        # interruption of the network.
+        # Lost hosts are detected by the guards; ssh must not give up before they do, just because
+        # the network is briefly interrupted.
         words = (*ssh_options(silences=6), base.get("PDSH_SSH_ARGS_APPEND", ""))
         variables["PDSH_SSH_ARGS_APPEND"] = " ".join(words).strip()
         return variables

@@ -46,7 +46,7 @@ async def receive(reader: asyncio.StreamReader) -> AsyncIterator[Message]:
 
 
 def pack(value: Mapping[str, Any]) -> str:
-    """Encode a JSON value as one base64 word, in which a shell finds nothing to interpret."""
+    """Encode a JSON value as one base64 word, which contains nothing that a shell interprets."""
     return base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
 
 

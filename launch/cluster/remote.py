@@ -4,7 +4,7 @@
 program is sent to it as source: a module that imports only the standard library (and torch, late),
 with a function `answer(task)` that takes and returns JSON values. `command` starts a Python there
 and `parcel` is what it reads: one line on stdin, which no shell sees. The answer is the output line
-that begins with `MARK`, so that whatever a login script prints before it does no harm.
+that begins with `MARK`, so whatever a login script prints before it does no harm.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Supervisor:
     failure: Failure | None = None
     _ranks: list[Rank] = field(default_factory=list)
     _launcher_says: dict[str, list[str]] = field(default_factory=dict)  # by host
-    # about any host
+    # lines about all hosts
     _launcher_said: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_LINES))
     _launcher_status: int | None = None
     _ssh_ended: str = ""  # the first host whose ssh ended while its ranks were still running
@@ -152,7 +152,7 @@ class Supervisor:
             _kill_tree(launcher.pid)
             # asyncio would close it after the loop has ended, and print a traceback.
             launcher._transport.close()
-            # Not for longer: a terminal that nobody reads must not keep the job from ending.
+            # No longer than this: a terminal that nobody reads must not keep the job from ending.
             await asyncio.to_thread(self._speaker.finish, 2)
             self._server.close()
             for rank in self._ranks:
@@ -379,7 +379,7 @@ class Supervisor:
             # faulthandler's first word: the rank was ended by its watchdog.
             if "Timeout (" in rank.tail:
                 how = self._hung(rank)
-            # Status 2 stays, because bad input is the same on the next attempt: `--max-restarts`
+            # Status 2 is kept, because bad input is the same on the next attempt: `--max-restarts`
             # does not try it again.
             return Failure(f"{rank} {how}", rank.tail, 2 if rank.status == 2 else 1)
         if rank.writer is None:

@@ -55,7 +55,9 @@ def diagnose(
     with_all_reduce: bool = True,
     is_on_cpu: bool = False,
 ) -> Diagnosis:
-    """Check all hosts of `slots` at once. A host that does not answer costs `timeout` seconds once.
+    """Check all hosts of `slots` at once.
+
+    Hosts that do not answer cost `timeout` seconds altogether, not each.
 
     Args:
         dataset_dirs: must be the same on every host; `~` is each host's own home.

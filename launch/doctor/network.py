@@ -138,7 +138,7 @@ def _meet(
     wanted_ports: Sequence[int],
     python: str,
 ) -> tuple[dict[str, Any], list[int]]:
-    """Run `reach.py` on all hosts; return the answers by host, and ports that nobody used."""
+    """Run `reach.py` on all hosts; return the answers by host, and ports that no host tries."""
     drawn = random.SystemRandom().sample(PORTS, 6)
     tried, spare = drawn[:3], drawn[3:]
     common = {

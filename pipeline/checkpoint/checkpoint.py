@@ -72,7 +72,7 @@ def newest_whole(
     of the way of the next save. Raises `UserError` if all checkpoints are damaged. All ranks call
     it together.
     """
-    # Only the first rank changes the folder, and before anybody lists it.
+    # Only the first rank changes the folder, before any rank lists it.
     ranks.on_all_ranks(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
     # The first rank's list counts: a network disk may show other hosts an older one. Checkpoints
     # are ordered by step and never by time, since the clocks of hosts differ.
@@ -81,7 +81,7 @@ def newest_whole(
     for step in reversed(steps):
         folder = checkpoint_dir(run_dir, step)
         # Every host reads for itself, because a disk may be readable on one host and not on
-        # another. All agree on errors of the disk, which are not damage, and then on what is
+        # another. All ranks agree first on disk errors, which are not damage, and then on what is
         # damaged.
         fault = ranks.on_all_ranks(lambda folder=folder: damage(folder) if sees_run_dir else "")
         faults = [fault for fault in ranks.gather(fault) if fault]

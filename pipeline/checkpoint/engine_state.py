@@ -66,7 +66,7 @@ def reshard(
     new_shapes: Shapes,
     rank: int,
 ) -> dict[str, Any]:
-    """Return the shard that `rank` would have, had today's ranks written the checkpoint.
+    """Return the shard that `rank` would have, had the current ranks written the checkpoint.
 
     `shards`: the checkpoint's, in rank order, read one at a time. `current`: the present state of
     this rank's optimizer, for its layout. Raises `RuntimeError` if the two hold different
@@ -150,7 +150,7 @@ def _flat_pairs(
 
 
 def _parameter_index(shard: Mapping[str, Any], group: int) -> int:
-    """Return the optimizer's index of the group's only parameter, which is its part."""
+    """Return the optimizer's index of the group's only parameter, this rank's part."""
     return shard[OPTIMIZER]["param_groups"][group]["params"][0]
 
 
@@ -283,7 +283,7 @@ class _LoadedFiles(_CheckpointFiles):
 
 
 def _read(path: str, map_location: Any) -> Any:
-    # DeepSpeed's own loader unpickles whatever a file contains, so that a checkpoint from elsewhere
+    # DeepSpeed's own loader unpickles whatever a file contains, so a checkpoint from elsewhere
     # could run code here. With `weights_only`, nothing is built but tensors, plain values and
     # these types.
     with torch.serialization.safe_globals(_deepspeed_types()):

@@ -9,13 +9,13 @@ hosts that do not see the run folder send their files to the first rank.
 
 Ranks write together, so their threads have to agree several times: that all have written, what a
 network disk must show, that the first rank has committed. They do so over a process group of their
-own. Collectives of one group must come in the same order on every rank, and how far a background
-thread is relative to its training thread differs from rank to rank: in the control group, or in the
-gradients', its messages would be mistaken for training's. In the threads' own group there is one
-thread per rank and one save after the other, started by all ranks at the same step, which fixes the
-order. The alternative, agreeing on the training thread during the following steps, would send files
-from hosts without the run folder while training waits, and could leave a save uncommitted if a run
-ends between two of those steps.
+own. Collectives of one group must come in the same order on every rank, but how far a background
+thread has got relative to its training thread differs from rank to rank: in the control group or
+the gradients' group, its messages would be mistaken for training's. In the threads' own group the
+order is fixed, because each rank has one such thread and all ranks start each save at the same
+step, one save after the other. The alternative, agreeing on the training thread during the
+following steps, would send files from hosts without the run folder while training waits, and could
+leave a save uncommitted if a run ends between two of those steps.
 """
 
 from __future__ import annotations
@@ -207,9 +207,9 @@ class Saver:
                 _raise_if_any_failed(
                     collect(own, aside, contents.sees_run_dir, writers), writers, step
                 )
-                # What all ranks have written. The first rank waits until its own view of the folder
-                # shows it: a network disk may show a file late, and what is not seen would not be
-                # in the manifest.
+                # All files that the ranks have written. The first rank waits until its own view of
+                # the folder shows them: a network disk may show a file late, and a file that is not
+                # seen would be missing from the manifest.
                 written = set().union(
                     *writers.gather(_names(aside) if contents.sees_run_dir else set())
                 )

@@ -3,7 +3,7 @@
 The training thread may wait only for the copy. Engines hand over nested structures of tensors and
 plain values, which `Snapshot.add` records; `Snapshot.copy` copies the memory of all their tensors
 at once; the writing thread gets the structures back from `Frozen.thaw`, with the copies in place of
-the tensors. Memory that tensors share is copied once and stays shared, so that torch.save writes
+the tensors. Memory that tensors share is copied once and stays shared, so torch.save writes
 the same file as from the originals.
 """
 
@@ -131,8 +131,8 @@ class Snapshot:
             storage = tensor.untyped_storage()
             if tensor.get_device() < 0:
                 # torch would share each copy among all threads. There are thousands of small
-                # copies, and waiting for each other at each took 1.3 to 2.7 CPU seconds instead of
-                # 0.04.
+                # copies, and with the threads waiting for each other at every one, they took 1.3 to
+                # 2.7 CPU seconds instead of 0.04.
                 ctypes.memmove(self._room.data_ptr() + start, storage.data_ptr(), storage.nbytes())
             else:
                 # The storage's bytes, whatever the dtype, shape and strides of the tensors in it.

@@ -356,7 +356,8 @@ def _parse_leniently(line: bytes) -> Any:
 def _parents(names: Sequence[str]) -> set[str]:
     """Return the folders that contain the names."""
     text = "\n".join([*names, ""])
-    # PurePosixPath drops a final "/" or "/.", so that the last slash does not end the parent.
+    # PurePosixPath drops a final "/" or "/.", so the parent of such a name is shorter than the text
+    # before its last slash.
     if "/\n" in text or ".\n" in text:
         return {str(PurePosixPath(name).parent) for name in names}
     return {name.rpartition("/")[0] for name in names}

@@ -142,7 +142,7 @@ def decode_rgb(data: bytes, header: ImageHeader) -> Bytes:
 
     Raises `BadImageError` with the reason; never returns a partial image. Damaged data is detected
     by checksums (PNG, deflated TIFF) or because the code is invalid (JPEG, lossless WebP, LZW).
-    Lossy WebP, JPEG 2000 and uncompressed data have neither, so that wrong bytes give wrong pixels.
+    Lossy WebP, JPEG 2000 and uncompressed data have neither, so wrong bytes give wrong pixels.
     """
     if has_fast_decoder(header) and not foreign_profile(header):
         return _rotated(_checked(data, header, _decode_plain), header.orientation)

@@ -149,8 +149,8 @@ class Loader:
             self.source.close()
 
     def _fail(self, error: BaseException) -> None:
-        # First, because the queue may be full: a rank must learn of the failure while it still has
-        # batches for the steps in which the others learn of it.
+        # Set the flag first, because the queue may be full: a rank must learn of the failure while
+        # it still has batches for the steps in which the others learn of it.
         self.failed = True
         self._put(error)
 

@@ -1,7 +1,7 @@
 """Map the k-th sample of a run to a crop, as a pure function of the seed and k.
 
 An epoch has as many samples as there are files, times the multiplier; sample k belongs to epoch k
-// length. Without weights, an epoch is one permutation of all its entries, so that every file
+// length. Without weights, an epoch is one permutation of all its entries, so every file
 occurs exactly `multiplier` times. With weights, each folder fills its share of the epoch by cycling
 through permutations of its own files.
 

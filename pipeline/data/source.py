@@ -443,7 +443,7 @@ def refuse_too_many(bad: Mapping[str, str], num_files: int, spec: DataSpec) -> N
 
     `bad` maps path -> reason.
     """
-    # At least one file may be bad, so that a small share does not forbid all in a small dataset.
+    # Always allow one bad file: in a small dataset, a small share would round down to none.
     limit = max(1, int(spec.max_bad_files * num_files)) if spec.max_bad_files else 0
     if len(bad) > limit:
         some = "; ".join(f"{path}: {reason}" for path, reason in list(bad.items())[:3]) + "; …" * (

@@ -141,7 +141,7 @@ def reach_ranks(action: Callable[[], Result]) -> Result:
     try:
         return action()
     except RuntimeError as error:  # includes DistError; Gloo raises plain RuntimeErrors
-        # The supervisor recognises by these words that another rank is the cause.
+        # From these words the supervisor recognises that another rank is the cause.
         raise RankLostError(
             "another rank has ended or does not answer; see what it reported "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
@@ -163,8 +163,8 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
         # SIGKILL under a guard: without it a rank cannot save, because all others are ended as
         # well, and a stopped process would not react to SIGTERM.
         end_with_parent(signal.SIGKILL if GUARDED in os.environ else signal.SIGTERM)
-    # Before the groups are made: by itself Gloo uses the address that the host's own name leads to,
-    # on Debian 127.0.1.1, to which no other host can connect.
+    # Before the groups are made: by itself Gloo uses the address that the host's own name resolves
+    # to, on Debian 127.0.1.1, where no other host can connect.
     interface = choose_interface(info)
     device = _device(info)
     if device.type == "cpu":
@@ -172,7 +172,7 @@ def start_distributed(timeout_minutes: float = 10) -> Ranks:
     else:
         bind_to_cores(info, device.index, torch.cuda.device_count())
         if info.world_size == 1:
-            # NCCL needs an interface even for one process; a sandbox may have no other.
+            # NCCL needs an interface even for one process; a sandbox may have only loopback.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     timeout = timedelta(minutes=timeout_minutes)
     # With device_id, NCCL connects (and fails) here and not in the first step; with one rank there

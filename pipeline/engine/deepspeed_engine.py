@@ -69,7 +69,7 @@ class DeepSpeedEngine:
                 )
                 for pair in zip(*groups, strict=True)
             ]
-            # The moving average is of the FP32 masters: in 16 bits, rounding would swallow most of
+            # The moving average uses the FP32 masters: in 16 bits, rounding would swallow most of
             # its small changes.
             masters = {id(half): master.detach() for half, master in pairs}
             self.weights = [masters.get(id(parameter), parameter) for parameter in self.weights]
@@ -199,7 +199,7 @@ class DeepSpeedEngine:
             self._norm = self._scaling.finish()
 
     def save(self, directory: str, name: str, files: Any) -> None:
-        # DeepSpeed's own files are written in place, and its pointer to the latest before all ranks
+        # DeepSpeed writes its files in place, and points to the newest checkpoint before all ranks
         # have written theirs. So it writes into memory here, without the pointer, and `Saver`
         # writes the files.
         self._inner.checkpoint_engine = files
@@ -313,8 +313,8 @@ class LossScaling:
 
     def finish(self) -> float:
         """Finish an update: raise the scale if it is time; return the norm before clipping."""
-        # First the norm: its gradients were scaled by this update's factor, which may be raised
-        # below.
+        # Read the norm first: its gradients were scaled by this update's factor, which may be
+        # raised below.
         norm = float(self._optimizer._global_grad_norm) / self.scale
         if not self._optimizer.overflow:
             self._update_scale(False)
@@ -370,7 +370,7 @@ def _reduce(
 ) -> None:
     """Average gradients over ranks, in place, like DeepSpeed's `allreduce_and_copy`.
 
-    That one copies gradient by gradient.
+    DeepSpeed's function copies the gradients one by one; this one copies them together.
     """
     flat = inner.allreduce_bucket(gradients, group, world_size)
     torch._foreach_copy_(list(gradients), list(inner.unflatten(flat, gradients)))

@@ -42,7 +42,10 @@ WHOLE = {
     "cooldown": 0,
     "warmup_num_steps": 0,
 }
-"""Whole-number parameters -> smallest sensible value. All others but the following are numbers."""
+"""Whole-number parameters -> smallest sensible value.
+
+Parameters that are neither listed here nor in the three tuples below are plain numbers.
+"""
 WORDS, SWITCHES, LISTS = (
     ("mode", "threshold_mode"),
     ("cycle_momentum",),
@@ -57,7 +60,7 @@ class Schedule:
 
     In update k (0, 1, …) of the warm-up, the rate is `min_ratio` + (1 - `min_ratio`) (k + 1) /
     `steps` times the schedule's; the schedule itself counts from the first update on. If torch has
-    a closed form, the rate depends only on k and the parameters, so that after a change of length
+    a closed form, the rate depends only on k and the parameters, so after a change of length
     it equals the rate of a run started with the new length.
 
     `writes_as_deepspeed`: write the state in the form of DeepSpeed's own schedules. Both forms can

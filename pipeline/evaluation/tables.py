@@ -76,7 +76,7 @@ class Difference:
 def interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """Return the mean of `values` and its percentile bootstrap interval at confidence `LEVEL`.
 
-    The draws depend only on the number of images and the seed, so that the intervals of several
+    The draws depend only on the number of images and the seed, so the intervals of several
     methods or metrics on one benchmark are paired.
     """
     array = np.asarray(values, dtype=np.float64)

@@ -25,7 +25,7 @@ from pipeline.run_folder import network_file
 
 CPU = torch.device("cpu")
 FAILED = ".failed"
-"""Part of a file's name until the comparison succeeds; a file that fails it keeps the name."""
+"""Part of a file's name until the comparison succeeds; a file that fails keeps it."""
 
 
 def run_conversion(

@@ -39,8 +39,8 @@ CHECKED_PIXELS = sum(batch * height * width for batch, height, width in SIZES)
 """LR pixels on which PyTorch and every backend are compared."""
 TIMING_SECONDS = 2 * (1 + ROUNDS) * TIMED_SECONDS
 USUAL_SHARE = 0.8
-"""Typical time of the fastest backend as a share of PyTorch's: by `benchmarks/inference.py` 0.65 to
-1 for networks of this project."""
+"""Typical time of the fastest backend as a share of PyTorch's: according to
+`benchmarks/inference.py`, 0.65 to 1 for networks of this project."""
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _halo(file: NetworkFile, facts: FileFacts, photo: np.ndarray) -> int:
 
     If there is none, return the smallest one at which the change is at most half a level.
     A network that sees the whole image gets `UNKNOWN_HALO`; one with a fixed input size gets
-    its longer side, so that its tiles cannot overlap enough.
+    its longer side, which is more than its tiles can overlap.
     """
     height, width = facts.window or STRIP
     shift = shift_of(width)

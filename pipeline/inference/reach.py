@@ -15,7 +15,7 @@ from pipeline.inference.tiles import ALIGNMENT
 from pipeline.libraries import cv2
 
 ALLOWED = 0.5 / 255
-"""The largest change of a result, with white as 1, that tiling may cause."""
+"""The largest change in a result, with white as 1, that tiling may cause."""
 MARGIN = 0.5
 """The share of `ALLOWED` to stay below on the measured images, because others may change more."""
 STRIP = (64, 256)

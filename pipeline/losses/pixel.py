@@ -128,7 +128,7 @@ class FourierL1(nn.Module):
     use it with weight 0.05 beside L1 with weight 1, and `norm` "backward".
 
     Args:
-        norm: "backward" does not scale the transform, so that the loss grows with the crop's side.
+        norm: "backward" does not scale the transform, so the loss grows with the crop's side.
             "ortho" divides it by the square root of the number of pixels, so that one weight fits
             crops of all sizes.
 

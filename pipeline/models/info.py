@@ -166,7 +166,7 @@ def _receptive_side(network: nn.Module, scale: int, is_vertical: bool) -> int | 
 
 
 class _Influence(TorchDispatchMode):
-    """Makes convolutions propagate only where NaNs reach, as cheap with 512 channels as with 1."""
+    """Makes convolutions propagate only NaNs, at the same cost for 512 channels as for 1."""
 
     def __torch_dispatch__(
         self,

@@ -43,7 +43,7 @@ class Cleaner:
     """Context manager that removes bad files from a dataset.
 
     While it is open, no other run cleans the dataset and no tool writes crops to the folders
-    concerned. A tool would cut undamaged but rejected crops again. So each of them gets a line in
+    concerned. So that no tool cuts undamaged but rejected crops again, each of them gets a line in
     the rejects.jsonl beside its manifest, in the format of a reject plus `cleaned` and the crop's
     `path`.
     """

@@ -95,7 +95,7 @@ def _check_one(options: TrainOptions, candidate: Candidate, world_size: int) -> 
         )
         for plan in plans
     ]
-    # Check the first stage also as one that follows a stage.
+    # Also check the first stage as if it followed another one.
     check_stages([plans[0], *plans], Alone(0, 1, 0, None, None))
 
 

@@ -52,7 +52,7 @@ class StudyFolder:
                 raise UserError(f"{self.path} is in use by another search; stop it before --reset")
             kept = self._move_aside() if reset else None
             self.path.mkdir(exist_ok=True)
-            # A searcher that was killed while writing leaves one behind, which would block.
+            # A searcher that was killed while writing leaves this lock behind, which would block.
             if is_alone:
                 (self.path / f"{JOURNAL_FILE}.lock").unlink(missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -157,7 +157,7 @@ def _reading(folder: StudyFolder, read: Callable[[], optuna.Study]) -> optuna.St
 def _cut_torn_line(path: Path) -> None:
     """Remove the incomplete line of a searcher that was killed while writing.
 
-    The next line would be appended to it.
+    Otherwise the next line would be appended to it.
     """
     if not path.is_file():
         return

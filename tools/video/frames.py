@@ -138,7 +138,7 @@ def segment_frames(
     """Yield the good frames of a segment in order, deinterlaced if needed.
 
     These have segment.first <= pts < segment.end. Decoding starts at the key frame before the
-    segment. Files are sought by decoding time, so that key frame may be shown only after the
+    segment. Seeking goes by decoding time, so the key frame found may be displayed only after the
     segment begins; an earlier one is tried then.
     """
     second = int(1 / info.time_base) + 1
@@ -199,8 +199,8 @@ def _decoded(
 ) -> Iterator[VideoFrame | None]:
     """Yield good frames until shortly after the end of the segment; `None` where some are missing.
 
-    Decoders conceal what they could not read, and frames that refer to it show the damage unmarked.
-    So after any damage, frames are lost until the next key frame.
+    Decoders conceal what they could not read, and frames that refer to it show the damage without
+    being marked. So after any damage, frames are lost until the next key frame.
     """
     context = stream.codec_context
     # Seeking may end between two key frames, where decoders show garbage.

@@ -462,7 +462,7 @@ def _round_on_host(
 
 
 def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> str:
-    """Return the name at `fraction` of the total of the shares."""
+    """Choose a name by a uniform `fraction` in [0, 1), in proportion to the shares."""
     target = fraction * sum(shares)
     for name, share in zip(names, shares, strict=True):
         target -= share
