@@ -157,7 +157,7 @@ def test_shards_of_another_network_are_refused() -> None:
     others = [
         OrderedDict((f"other.{name}", shape) for name, shape in group.items()) for group in shapes
     ]
-    with pytest.raises(RuntimeError, match="other parameters"):
+    with pytest.raises(RuntimeError, match="differ from this network's"):
         reshard(shards, others, shards[0], shapes, 0)
 
 

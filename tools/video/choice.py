@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -52,7 +52,8 @@ class Sampling:
     min_change: float = 4.0  # minimum difference from every stored frame, see `difference`
 
 
-class FrameCandidate(NamedTuple, Generic[Item]):
+@dataclass(frozen=True)
+class FrameCandidate(Generic[Item]):
     """A candidate frame: its number within the segment, the frame, and its thumbnail."""
 
     index: int
