@@ -217,7 +217,7 @@ def _paths(figures: Figures, data: tuple[str, ...]) -> dict[str, str]:
 
 
 def _obstacle(command: Command, paths: Mapping[str, str], limit: float | None) -> str:
-    """Return why the command does not run here and now; "" if it does."""
+    """Return why the command will not be run; "" if it will."""
     missing = [f"{name}=PATH" for name in command.placeholders() if name not in paths]
     cores = len(os.sched_getaffinity(0))
     if command.run is None:

@@ -70,7 +70,7 @@ def find_route(
     """Let every host connect to the first, and choose the address that most of them reach.
 
     `interface` and `master_address`, if given, are the only ones tried. `ports` must be free on the
-    first host. Failures are findings of the route.
+    first host. Failures are added to the route's findings.
     """
     route = Route()
     own = {host: _own(host, interfaces[host], interface, route.findings) for host in hosts}

@@ -3,8 +3,8 @@
 The training thread may wait only for the copy. Engines hand over nested structures of tensors and
 plain values, which `Snapshot.add` records; `Snapshot.copy` copies the memory of all their tensors
 at once; the writing thread gets the structures back from `Frozen.thaw`, with the copies in place of
-the tensors. Memory that tensors share is copied once and stays shared, so torch.save writes
-the same file as from the originals.
+the tensors. Memory that tensors share is copied once and stays shared, so torch.save writes the
+same file as from the originals.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ class Watchdog:
 
     After the first `feed` it must be fed again within `seconds` (0 disables it); after `begin` it
     must be fed within half an hour. Otherwise the tracebacks of all threads are written to stderr
-    and the process ends at once with status 1. A C thread does this without Python's lock, so
-    it also works if the process hangs inside a library.
+    and the process ends at once with status 1. A C thread does this without Python's lock, so it
+    also works if the process hangs inside a library.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -273,7 +273,7 @@ def _folders(root: Path, preset: Preset) -> Iterator[Path]:
 
 
 def _inside(folder: Path, relative: str) -> list[Path]:
-    """Return the folder at a relative path, ignoring case, as a list of one or none."""
+    """Return the folder at a relative path, ignoring case, as a list with at most one element."""
     for part in relative.split("/"):
         if part == ".":
             continue

@@ -165,9 +165,9 @@ class VapSR(nn.Module):
         noise of the random features out of the first images. Within them, the attention is a
         product of features, whose gradients would vanish with small weights. With the residual, the
         last convolution starts at 0, so that the first output is exactly bicubic; in the first step
-        only that layer has a gradient, and from the second step on every layer has one. Since it
-        keeps the noise out by itself, the rest of the upsampler has full weights; otherwise it
-        would learn nothing for the first hundred steps: the demo's network gained 0.94 dB on its
+        only that layer has a gradient, and from the second step on every layer has one. Since this
+        layer keeps the noise out by itself, the rest of the upsampler has full weights; otherwise
+        it would learn nothing for the first hundred steps: the demo's network gained 0.94 dB on its
         validation photograph in 150 steps instead of 0.14.
         """
         small = (

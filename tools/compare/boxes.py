@@ -124,7 +124,7 @@ def format_boxes(boxes: Sequence[Box], height: int, width: int) -> bytes:
 def _check(boxes: Sequence[Box], height: int, width: int, where: str, way_out: str) -> None:
     """Raise `UserError` for boxes outside the image, too small to see, or too many.
 
-    Their colours could not be told apart if there were more.
+    Too many boxes would need colours that cannot be told apart.
     """
     if not 1 <= len(boxes) <= MAX_BOXES:
         raise UserError(

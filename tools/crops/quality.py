@@ -22,8 +22,8 @@ _PERCENTILE = 90  # over the blocks, because one sharp subject makes a photograp
 # Mean |Laplacian| of the halved block: six times the effect of rounding to integers.
 _MIN_DETAIL = 6.0
 # Nearest-neighbour enlargement leaves steps only at every 2nd, 3rd or 4th column. The steps of the
-# weakest phase are then 0.0 of those of the strongest, or 0.3 after JPEG of quality 80; photographs
-# have 0.6 or more.
+# weakest phase are then 0.0 times those of the strongest, or 0.3 after JPEG of quality 80;
+# photographs have 0.6 or more.
 _MAX_PHASE = 0.35
 _PERIODS = (2, 3, 4)
 # In columns. Where the factor is not an integer, the weak phase changes along the picture, so each

@@ -43,9 +43,9 @@ class Cleaner:
     """Context manager that removes bad files from a dataset.
 
     While it is open, no other run cleans the dataset and no tool writes crops to the folders
-    concerned. So that no tool cuts undamaged but rejected crops again, each of them gets a line in
-    the rejects.jsonl beside its manifest, in the format of a reject plus `cleaned` and the crop's
-    `path`.
+    concerned. To keep tools from cutting a crop again that is undamaged but was rejected, it gets a
+    line in the rejects.jsonl beside its manifest, in the format of a reject plus `cleaned` and the
+    crop's `path`.
     """
 
     def __init__(

@@ -153,7 +153,7 @@ class Window(Bytes):
         return dropped + skipped
 
     def skip_rest(self) -> bool:
-        """Skip the remaining bytes; returns False if the other stream ends before."""
+        """Skip the remaining bytes; returns False if the other stream ends first."""
         self.skip(len(self._head) + self._left)
         return self._left == 0
 

@@ -251,7 +251,7 @@ def _area(stream: VideoStream) -> int:
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:
     aspect = stream.sample_aspect_ratio
-    # Encoders round; no anamorphic format differs by 1 % only.
+    # Encoders round; no anamorphic format differs by only 1 %.
     if not aspect or abs(aspect - 1) < Fraction(1, 100):
         return Fraction(1)
     return aspect

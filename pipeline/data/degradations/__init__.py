@@ -1,6 +1,6 @@
 """Ways of making LR from HR: one file per degradation with its spec and graph, one row in `KINDS`.
 
-Launchers read the specs, too, so DALI is imported only inside functions.
+Launchers read the specs too, so DALI is imported only inside functions.
 """
 
 from __future__ import annotations
