@@ -317,7 +317,7 @@ def _print_report(folder: StudyFolder, study: Any, space: Space, metric: str) ->
     best = folder.path / "best.yaml"
     if best.is_file():
         say(
-            "train the best one for as long as its recipe says: ./launch_local_train.sh --recipe "
+            "train the best trial with all steps of its recipe: ./launch_local_train.sh --recipe "
             f"{short_path(best)}"
         )
 

@@ -181,7 +181,7 @@ def check_launcher(launcher: Launcher, slots: Slots, launcher_args: str) -> None
     for host, numbers in slots.items():
         if numbers != tuple(range(len(numbers))):
             raise UserError(
-                f"--launcher {launcher} cannot use single slots of a host (here slots "
+                f"--launcher {launcher} cannot use only some slots of a host (here slots "
                 f"{','.join(map(str, numbers))} of {host}); use --launcher pdsh, or choose whole "
                 "hosts"
             )

@@ -205,7 +205,7 @@ class _Writer:
             for packet in self._sounds:
                 self._output.mux(packet)
         if images.shape[1:3] != self._size:
-            raise UserError("its frames change their size; split the video where they do")
+            raise UserError("its frame size changes; split the video at each change")
         for frame, image in zip(frames, images, strict=True):
             self._output.mux(self._encoder.encode(self._encodable(frame, image)))
 

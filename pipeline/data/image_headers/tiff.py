@@ -44,7 +44,7 @@ def _parse(read: Read) -> ImageHeader:
     """Parse the first image of a TIFF or BigTIFF file."""
     tags = tiff_tags(read)
     if not (tags.get(256) and tags.get(257)):
-        raise BadImageError("a TIFF without a size")
+        raise BadImageError("a TIFF without width and height")
     compression, kind, channels, planes = (
         tags.get(tag, (default,))[0] for tag, default in ((259, 1), (262, 1), (277, 1), (284, 1))
     )
