@@ -274,7 +274,7 @@ def test_every_file_is_read_right_or_refused(folder: Path, tmp_path: Path, comma
         assert "with a colour profile other than sRGB: " in reading.said
         assert "Wide test" in reading.said
     if command == "evaluate":
-        assert "images have a colour profile other than sRGB" in reading.said
+        assert "images with a colour profile other than sRGB: " in reading.said
         assert SAID in reading.said
 
 

@@ -139,7 +139,7 @@ def test_clean_moves_to_quarantine_with_a_report(corpus):
     assert tree(corpus) == before
     result = check(*arguments, "--force")
     assert result.returncode == 1
-    assert "to undo, move it back" in result.stdout
+    assert "to undo, move them back" in result.stdout
     after = tree(corpus)
     report = [
         json.loads(line) for line in (corpus / "quarantine/report.jsonl").read_text().splitlines()

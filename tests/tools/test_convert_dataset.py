@@ -370,7 +370,7 @@ def test_a_damaged_copy_is_made_again(
         tmp_path / "data", tmp_path / "out", "--to", form, *(["--remove-source"] if removes else [])
     )
     assert result.returncode == 0, result.stdout
-    assert f"{1 if removes else 2} images converted" in result.stdout
+    assert f"{'1 image' if removes else '2 images'} converted" in result.stdout
     assert_same(pixels_of(tmp_path / "out", form), crops)
     assert bool(pixels_of(tmp_path / "data", "webp")) is not removes
 
