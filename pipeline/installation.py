@@ -113,4 +113,9 @@ def cache_dir() -> Path:
         return Path(given)
     if not INSTALLED:
         return ROOT / ".cache"
+    return user_cache_dir()
+
+
+def user_cache_dir() -> Path:
+    """Return `vastscale` in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale"

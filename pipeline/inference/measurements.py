@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_atomically
+from pipeline.installation import user_cache_dir
 
 
 def cache_folder() -> Path:
@@ -18,9 +18,7 @@ def cache_folder() -> Path:
 
     That is `$XDG_CACHE_HOME` or `~/.cache`.
     """
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale" / "converted"
-    )
+    return user_cache_dir() / "converted"
 
 
 def digest(*parts: object) -> str:

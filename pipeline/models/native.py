@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.installation import user_cache_dir
+
 SOURCE = Path(__file__).with_name("depthwise.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 COMPILERS = ("g++", "c++")
@@ -189,11 +191,7 @@ def _compile(compiler: str, scratch: Path) -> Path:
 def _cache() -> Path:
     """Return the folder for compiled files: TORCH_EXTENSIONS_DIR, or one in the user's cache."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vastscale"
-    )
+    return Path(given) if given else user_cache_dir()
 
 
 def _first_line(compiler: str) -> str:
