@@ -1,4 +1,4 @@
-"""Atomic writes, and paths for messages. Imports no torch."""
+"""Atomic writes, paths for messages, and which files are videos. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+VIDEO_SUFFIXES = frozenset(
+    {
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".m2t",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".ogm",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    }
+)
+"""Suffixes of the video files that upscale.py and video_to_data.py read."""
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

@@ -19,6 +19,7 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import QUARANTINE
 from pipeline.data.image_pixels import prepare_decoders
+from pipeline.files import VIDEO_SUFFIXES
 from tools.crops.cutting import (
     CropSettings,
     Reject,
@@ -43,7 +44,7 @@ from tools.crops.options import CropOptions, open_benchmark
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.choice import Sampling
 from tools.video.frames import DamagedError, FrameCounts, sample_frames
-from tools.video.probe import VIDEO_SUFFIXES, BadVideoError, Segment, VideoInfo, probe, segments
+from tools.video.probe import BadVideoError, Segment, VideoInfo, probe, segments
 
 MAX_CODEC_THREADS = 16  # more bring no gain
 
@@ -143,7 +144,7 @@ def main(options: Options) -> int:
         for name in {piece.unit.photo for piece in todo if piece.reject is None}:
             dataset.forget(name)  # it may be shorter than before
         is_empty = dataset.is_empty
-    clock.report(dataset.totals, out, "segments")
+    clock.report(dataset.totals, out, "segment")
     cutter.report()
     return 1 if dataset.totals.bad or is_empty else 0
 

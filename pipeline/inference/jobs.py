@@ -10,32 +10,9 @@ from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.image_headers import UPSCALED_SUFFIXES, unread_note
+from pipeline.files import VIDEO_SUFFIXES
 from pipeline.inference.pictures import WRITTEN
 
-VIDEO_SUFFIXES = frozenset(
-    {
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2t",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".ogm",
-        ".ogv",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".y4m",
-    }
-)
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Suffixes of the videos that can be written -> FFmpeg's names of their formats."""
 VIDEO_WRITTEN = frozenset(CONTAINERS)

@@ -38,30 +38,6 @@ _TONE_MAP = (
     "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
 )
 _GAMUT_MAP = "zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
-VIDEO_SUFFIXES = frozenset(
-    {
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2t",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".ogm",
-        ".ogv",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".y4m",
-    }
-)
 # Per frame; 8K has 33, and a header that claims more would only fill the memory.
 MAX_MEGAPIXELS = 64
 MAX_HOURS = 7 * 24  # largest time span of a file; longer ones have broken timestamps
