@@ -43,7 +43,7 @@ from launch.doctor import diagnose
 from launch.doctor.prediction import count_parameters, step_seconds_of
 from launch.environment import ENV_FILE, variables_for_ranks, without
 from pipeline import cli
-from pipeline.cli import RunError, UserError, say
+from pipeline.cli import RunError, UserError, counted, say
 from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import launcher
 from pipeline.distributed.gpus import CPU, VISIBLE, is_cpu_wanted
@@ -244,9 +244,8 @@ def _ask_doctor(options: Options, slots: Slots, plan: TrainPlan, is_on_cpu: bool
     )
     say(found.table())
     if not found.ok:
-        count = len(found.failures)
         raise UserError(
-            f"{count} check{'s' if count > 1 else ''} failed, the first: {found.failures[0]} "
+            f"{counted(len(found.failures), 'check')} failed, the first: {found.failures[0]} "
             "(--exclude HOST omits a host, --no-doctor skips the checks)"
         )
     return _own_address(found.master_address, slots)
@@ -293,10 +292,9 @@ def _own_address(address: str, slots: Slots) -> str:
 
 def _introduction(job: ClusterJob) -> str:
     hosts = ", ".join(f"{host} {len(numbers)}" for host, numbers in job.slots.items())
-    count = world_size(job.slots)
     return (
-        f"starting {count} rank{'s' if count > 1 else ''} on {len(job.slots)} "
-        f"host{'s' if len(job.slots) > 1 else ''} ({hosts}) with {job.launcher}; they meet at "
+        f"starting {counted(world_size(job.slots), 'rank')} on {counted(len(job.slots), 'host')} "
+        f"({hosts}) with {job.launcher}; they meet at "
         f"{job.address} port {job.port}; each rank's output: {job.logs}/ on its host"
     )
 

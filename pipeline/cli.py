@@ -40,6 +40,11 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 rank` or `2 ranks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def bar_options() -> dict[str, Any]:
     """Return tqdm's options: no bar for short work or without a terminal, few lines in a log."""
     return {

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import tyro
 
-from pipeline.cli import RunError, UserError, run
+from pipeline.cli import RunError, UserError, counted, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, read_file_list
 from pipeline.data.image_headers import BadImageError
 from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from pipeline.files import write_atomically
 from pipeline.libraries import cv2
-from tools.files import counted, printable, walk
+from tools.files import printable, walk
 from tools.images import decode_file
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
@@ -293,7 +293,7 @@ def _print(numbers: dict, seconds: float, failed: int) -> None:
     """Print the table."""
     images, pixels, channels = numbers["images"], numbers["pixels"], numbers["channels"]
     print(
-        f"{counted(images, 'images')}, {pixels / 1e6:.1f} megapixels in {seconds:.1f} s "
+        f"{counted(images, 'image')}, {pixels / 1e6:.1f} megapixels in {seconds:.1f} s "
         f"({images / max(seconds, 1e-3):.0f} "
         f"images/s, {pixels / 1e6 / max(seconds, 1e-3):.0f} MPix/s); {failed} could not be read"
     )

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from pipeline.cli import UserError, run, say
+from pipeline.cli import UserError, counted, run, say
 from pipeline.data.image_files import (
     MANIFEST,
     QUARANTINE,
@@ -36,7 +36,7 @@ from tools.dataset.judging import (
     Findings,
     other_sides,
 )
-from tools.files import IMAGES, EntryKind, converted_note, counted, links_note, printable, scan
+from tools.files import IMAGES, EntryKind, converted_note, links_note, printable, scan
 from tools.parallel import batched, ordered_map, progress, quiet_libraries, thread_count
 
 MAX_BAD_FRACTION = 0.05  # more than this points to a wrong option or a broken disk
@@ -277,7 +277,7 @@ def _summarize(survey: Survey, findings: Findings) -> None:
     """Print what was checked and what was found."""
     num_bad, seconds = len(findings.bad), max(findings.seconds, 1e-3)
     print(
-        f"{counted(survey.images, 'images')} checked in {seconds:.1f} s "
+        f"{counted(survey.images, 'image')} checked in {seconds:.1f} s "
         f"({survey.images / seconds:.0f} files/s, {findings.bytes / 1e6:.0f} MB read): "
         f"{findings.good} good, {num_bad} bad, {len(findings.unreadable)} could not be read; "
         f"{survey.foreign} other files left alone"

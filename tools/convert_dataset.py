@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import tyro
 
-from pipeline.cli import UserError, run
+from pipeline.cli import UserError, counted, run
 from pipeline.data.image_files import (
     MANIFEST,
     TRAINING_LIST,
@@ -40,7 +40,7 @@ from pipeline.files import flush, write_atomically
 from tools.crops.cutting import REJECTS, SETTINGS
 from tools.crops.dataset import refuse_nested
 from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
-from tools.files import IMAGES, Files, counted, printable, scan, walk
+from tools.files import IMAGES, Files, printable, scan, walk
 from tools.images import decode, decode_file, is_stored_as, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
@@ -262,7 +262,7 @@ def _cpu_seconds() -> float:
 def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu: float) -> None:
     """Print what was done, how fast, and what was left out."""
     print(
-        f"{counted(totals.files, 'images')} converted and verified in {out}; already there: "
+        f"{counted(totals.files, 'image')} converted and verified in {out}; already there: "
         f"{totals.already}; {totals.failed} could not be converted"
     )
     if totals.files:

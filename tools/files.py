@@ -58,11 +58,6 @@ def links_note(linked_folders: list[str]) -> str:
     return f" (links to folders are not followed: {', '.join(linked_folders[:3])})"
 
 
-def counted(number: int, plural: str) -> str:
-    """Return a number with its noun, such as `1 photo` or `2 photos`."""
-    return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
-
-
 def converted_note(
     profiles: Counter[str], what: str, done: str = "they were converted to sRGB"
 ) -> str:

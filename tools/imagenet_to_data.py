@@ -105,7 +105,7 @@ def main(options: Options) -> int:
         # If anything was bad, missing members may only have been unreachable: forget none.
         for archive in archives if not dataset.totals.bad else ():
             dataset.forget(archive.name)
-    clock.report(dataset.totals, out, "photos")
+    clock.report(dataset.totals, out, "photo")
     if passed:
         print(f"skipped: {', '.join(f'{count} {kind}' for kind, count in sorted(passed.items()))}")
     _advise(out, settings)

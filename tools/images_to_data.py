@@ -79,7 +79,7 @@ def main(options: Options) -> int:
         dataset.totals.already = len(names) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "photo")
         gone = dataset.num_finished - dataset.totals.already
-    clock.report(dataset.totals, out, "photos")
+    clock.report(dataset.totals, out, "photo")
     if unread:
         print(unread_note(unread))
     if gone and options.photos.expanduser().is_dir():

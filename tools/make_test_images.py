@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import tyro
 
-from pipeline.cli import UserError, run
+from pipeline.cli import UserError, counted, run
 from pipeline.data.image_pixels import prepare_decoders
 from pipeline.libraries import cv2
-from tools.files import counted
 from tools.images import WEBP_MAX_SIDE, encode
 from tools.parallel import ordered_map, progress, thread_count
 
@@ -92,7 +91,7 @@ def main(options: Options) -> int:
             f"{out}: cannot be written: {error.strerror}; choose another OUT"
         ) from error
     print(
-        f"{counted(written, 'images')} of {options.size[0]}x{options.size[1]} written to {out}; "
+        f"{counted(written, 'image')} of {options.size[0]}x{options.size[1]} written to {out}; "
         f"already there: {options.count - written}"
     )
     return 0

@@ -16,8 +16,8 @@ import tyro
 from av.container import InputContainer, OutputContainer
 from av.stream import Disposition, Stream
 
-from pipeline.cli import UserError, run
-from tools.files import counted, printable
+from pipeline.cli import UserError, counted, run
+from tools.files import printable
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.probe import BadVideoError, open_video, probe, read_packets
 
@@ -64,7 +64,7 @@ def main(options: Options) -> int:
             bar.update()
     failed = [outcome for outcome in outcomes if outcome.problem]
     print(
-        f"{counted(len(todo) - len(failed), 'films')} written as .mp4; already there: "
+        f"{counted(len(todo) - len(failed), 'film')} written as .mp4; already there: "
         f"{len(sources) - len(todo)}; skipped: {len(failed)}"
     )
     for outcome in outcomes:

@@ -125,7 +125,7 @@ def main(options: Options) -> int:
         todo = [pair.hr for pair in pairs if not dataset.is_finished(pair.hr)]
         dataset.totals.already = len(pairs) - len(todo)
         cut_all(dataset, todo, cutter, threads, len(todo), "pair")
-    clock.report(dataset.totals, out, "pairs")
+    clock.report(dataset.totals, out, "pair")
     for name in unpaired[:20]:
         print(f"no partner: {printable(name)}")
     if unpaired:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.cli import UserError, nearest, run
+from pipeline.cli import UserError, counted, nearest, run
 from pipeline.data.image_files import (
     MANIFEST,
     TRAINING_LIST,
@@ -27,7 +27,7 @@ from pipeline.data.image_files import (
 )
 from pipeline.data.image_headers import BadImageError, read_header, unread_note
 from tools.crops.manifest import iterate_records
-from tools.files import counted, printable, walk
+from tools.files import printable, walk
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def main(options: Options) -> int:
     ]
     if len(names) < len(images):
         print(
-            f"omitted {counted(len(images) - len(names), 'files')} smaller than "
+            f"omitted {counted(len(images) - len(names), 'file')} smaller than "
             f"{options.min_size} pixels"
         )
     photos = group_by_photo(names, photo_of)
@@ -98,13 +98,13 @@ def main(options: Options) -> int:
                 "its permissions"
             ) from error
     print(
-        f"training:   {counted(len(photos) - len(validation), 'photographs')}, "
-        f"{counted(len(lists[TRAINING_LIST]), 'files')} in "
+        f"training:   {counted(len(photos) - len(validation), 'photograph')}, "
+        f"{counted(len(lists[TRAINING_LIST]), 'file')} in "
         f"{root / TRAINING_LIST}"
     )
     print(
-        f"validation: {counted(len(validation), 'photographs')}, "
-        f"{counted(len(lists[VALIDATION_LIST]), 'files')} in "
+        f"validation: {counted(len(validation), 'photograph')}, "
+        f"{counted(len(lists[VALIDATION_LIST]), 'file')} in "
         f"{root / VALIDATION_LIST}"
     )
     if files.unread:

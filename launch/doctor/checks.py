@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.remote import CommandResult
-from launch.doctor.findings import FAIL, PASS, WARN, Finding, counted
+from launch.doctor.findings import FAIL, PASS, WARN, Finding
+from pipeline.cli import counted
 from pipeline.installation import INSTALLED, as_typed
 
 Facts = Mapping[str, Any]

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launch.cluster.hostfile import Slots, world_size
-from launch.doctor.findings import FAIL, WARN, Finding, counted, format_table
+from launch.doctor.findings import FAIL, WARN, Finding, format_table
 from launch.doctor.network import Route
 from launch.doctor.prediction import Network
+from pipeline.cli import counted
 
 ROWS = (
     "ssh",

@@ -32,11 +32,6 @@ def worst(findings: Iterable[Finding]) -> Finding | None:
     return min(findings, key=lambda finding: _WORST_FIRST.index(finding.verdict), default=None)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, such as `1 rank` or `2 ranks`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def format_table(hosts: Sequence[str], checks: Sequence[str], findings: Sequence[Finding]) -> str:
     """Format a table with a row per check and a column per host.
 

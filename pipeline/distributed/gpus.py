@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, counted
 from pipeline.distributed.launcher import find_rank_info
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -166,7 +166,7 @@ def _why_not(torch: Any) -> str:
     if not gpus and not _has_device():
         return ""
     driver = driver_version()
-    has = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({gpus[0].name}" if gpus else "a GPU ("
+    has = f"{counted(len(gpus), 'GPU')} ({gpus[0].name}" if gpus else "a GPU ("
     answer = f"NVIDIA driver {driver}" if driver else "its driver does not answer"
     has += f"{', ' if gpus else ''}{answer})"
     if torch.version.cuda is None:

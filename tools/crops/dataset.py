@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, counted
 from pipeline.data.image_files import MANIFEST
 from tools.crops.cutting import (
     FINAL_GATES,
@@ -36,7 +36,7 @@ from tools.crops.cutting import (
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.manifest import CropRecord, format_lines, parse_line
 from tools.crops.options import benchmark_fingerprint
-from tools.files import converted_note, counted, printable
+from tools.files import converted_note, printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 NUM_SHOWN = 20
@@ -525,10 +525,10 @@ class Clock:
         self._wall, self._cpu = time.monotonic(), time.process_time()
 
     def report(self, totals: CuttingTotals, out: Path, name: str) -> None:
-        """Print what was done, how fast, and what was rejected."""
+        """Print what was done, how fast, and what was rejected; `name`: of one source."""
         wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
         print(
-            f"{counted(totals.units, name)} cut into {counted(totals.crops, 'crops')} in {out}; "
+            f"{counted(totals.units, name)} cut into {counted(totals.crops, 'crop')} in {out}; "
             f"already there: {counted(totals.already, name)}"
         )
         if totals.crops:
