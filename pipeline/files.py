@@ -1,11 +1,17 @@
-"""Atomic writes, paths for messages, and which files are videos. Imports no torch."""
+"""Atomic writes, private folders, paths for messages, and which files are videos.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+
+from pipeline.cli import UserError
 
 VIDEO_SUFFIXES = frozenset(
     {
@@ -68,6 +74,37 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def private_dir(path: Path) -> Path:
+    """Make `path` a folder of this user that nobody else can enter (mode 0700); return it.
+
+    Missing parents are made with the usual mode. Raises `UserError` if `path` is a link, no folder,
+    or belongs to somebody else: in a place where others may write, such as /tmp, they could have
+    made it first, to read or replace what is stored there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    # Through a descriptor, so that the folder that is checked is the one whose mode is changed.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a folder of your own ({error.strerror}); remove it"
+        ) from error
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            raise UserError(
+                f"{path} belongs to user {found.st_uid}, not to you ({os.geteuid()}); have it "
+                "removed, or set another folder"
+            )
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+    return path
 
 
 def short_path(path: Path) -> str:
