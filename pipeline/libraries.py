@@ -121,7 +121,7 @@ def postpone_dynamo() -> None:
 
 # When a network runs on a CPU, its tensors are freed and allocated again in every step. By default
 # glibc returns that memory to the system, and the kernel zeroes new pages in the next step: 125,000
-# page faults per step of VapSR, a quarter of its time. With both thresholds raised the process
+# page faults per step of VapSR, a fifth of its time. With both thresholds raised the process
 # keeps the memory. Raising only the trim threshold would make a step twice as slow, because that
 # freezes the other one at 128 KiB.
 
