@@ -14,10 +14,11 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from pipeline.cli import UserError
+from pipeline.data.videos import SMOOTH, UNKNOWN_MATRIX, reformat
 from pipeline.files import flush
 from pipeline.inference.jobs import CONTAINERS
 from pipeline.inference.sizes import TargetSize, upscale_images
@@ -32,7 +33,6 @@ _OPTIONS = {  # otherwise a "video" could be a playlist that refers to other fil
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe",
 }
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
-_UNKNOWN = 2  # H.273's code for an unspecified matrix, primaries or transfer characteristics
 # H.273's matrix -> swscale's. Others are treated as BT.709 in both decoding and encoding, so that
 # colours are preserved.
 _MATRICES = {
@@ -43,7 +43,6 @@ _MATRICES = {
     7: Colorspace.SMPTE240M,
     9: 9,  # BT.2020, which PyAV names from version 18 on
 }
-_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 def video_size(path: Path) -> tuple[int, int, int]:
@@ -230,12 +229,15 @@ class _Writer:
     def _encodable(self, frame: VideoFrame, image: np.ndarray) -> VideoFrame:
         deep = image.dtype == np.uint16
         matrix = _MATRICES.get(_matrix_tag(frame), Colorspace.ITU709)
-        made = VideoFrame.from_ndarray(
+        rgb = VideoFrame.from_ndarray(
             np.ascontiguousarray(image), format="rgb48le" if deep else "rgb24"
-        ).reformat(
+        )
+        rgb.colorspace = _matrix_tag(frame)  # where PyAV 17 takes BT.2020 from
+        made = reformat(
+            rgb,
             format="yuv420p10le" if deep else "yuv420p",
             dst_colorspace=matrix,
-            interpolation=_INTERPOLATION,
+            interpolation=SMOOTH,
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
         )
@@ -257,7 +259,7 @@ def _is_deep(frame: VideoFrame) -> bool:
 
 def _matrix_tag(frame: VideoFrame) -> int:
     """Return H.273's matrix number; if unspecified, or for RGB, the one that players assume."""
-    if frame.colorspace not in (0, _UNKNOWN):
+    if frame.colorspace not in (0, UNKNOWN_MATRIX):
         return frame.colorspace
     return 1 if frame.format.is_rgb or frame.width >= 1280 or frame.height > 576 else 6
 
@@ -269,12 +271,13 @@ def _pixels(frame: VideoFrame) -> np.ndarray:
         or frame.format.name.startswith("yuvj")
         or frame.format.is_rgb
     )
-    rgb = frame.reformat(
+    rgb = reformat(
+        frame,
         format="rgb48le" if _is_deep(frame) else "rgb24",
         src_colorspace=_MATRICES.get(_matrix_tag(frame), Colorspace.ITU709),
         src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
-        interpolation=_INTERPOLATION,
+        interpolation=SMOOTH,
     )
     if frame.rotation % 90:
         raise UserError(

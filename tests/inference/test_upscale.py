@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from av.video.frame import VideoFrame
 from PIL import Image, ImageCms, ImageOps
 
 import upscale
@@ -32,6 +33,7 @@ from pipeline.inference.backends import precision_of
 from pipeline.inference.devices import Device
 from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import lay_tiles
+from pipeline.inference.video import _pixels
 from pipeline.libraries import import_torchvision
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, read_network, write_network
@@ -790,7 +792,7 @@ def test_videos_with_uneven_times_rotation_and_odd_sides(tmp_path, capsys, cubic
 def test_a_video_keeps_the_colours_of_its_matrix(tmp_path, capsys, cubic):
     frame = np.zeros((48, 64, 3), np.uint8)
     frame[:, :32], frame[:, 32:] = (200, 60, 30), (20, 60, 230)
-    for matrix in ("bt709", "smpte170m"):
+    for matrix in ("bt709", "smpte170m", "bt2020nc"):
         source, out = tmp_path / f"{matrix}.mp4", tmp_path / f"{matrix}-out.mp4"
         ffmpeg(
             "-f",
@@ -821,6 +823,14 @@ def test_a_video_keeps_the_colours_of_its_matrix(tmp_path, capsys, cubic):
         shown = np.array(Image.open(tmp_path / "shown.png")).astype(int)
         assert np.abs(shown[48, 32] - (200, 60, 30)).max() <= 4
         assert np.abs(shown[48, 96] - (20, 60, 230)).max() <= 4
+
+
+def test_reserved_colour_tags_change_no_pixel():
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 64), dtype=np.uint8)
+    plain, tagged = (VideoFrame.from_ndarray(pixels, format="yuv420p") for _ in range(2))
+    tagged.color_primaries, tagged.color_trc = 0, 3
+    assert np.array_equal(_pixels(tagged), _pixels(plain))
+    assert (tagged.color_primaries, tagged.color_trc) == (0, 3)
 
 
 def test_a_container_that_cannot_hold_the_sound_leaves_nothing(tmp_path, capsys, cubic):

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from av.video.frame import VideoFrame
 
+from pipeline.data.videos import reformat
 from pipeline.libraries import cv2
 
 THUMBNAIL = (64, 36)  # width, height
@@ -68,7 +69,14 @@ def thumbnail(frame: VideoFrame) -> np.ndarray:
     plane = frame.planes[0]
     is_planar = kind.name.startswith(("yuv4", "yuvj4", "yuva4", "nv", "gray")) and luma.bits <= 16
     if not is_planar or kind.name.endswith("be") or plane.line_size <= 0:
-        small = frame.reformat(*THUMBNAIL, format="gray", interpolation="AREA", threads=1)
+        small = reformat(
+            frame,
+            width=THUMBNAIL[0],
+            height=THUMBNAIL[1],
+            format="gray",
+            interpolation="AREA",
+            threads=1,
+        )
         plane = small.planes[0]
         return (
             np.frombuffer(plane, np.uint8)

@@ -14,9 +14,10 @@ from av.container import InputContainer
 from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
+from pipeline.data.videos import BITEXACT, SMOOTH, reformat
 from pipeline.libraries import cv2
 from tools.video.choice import FrameChooser, Sampling, thumbnail
 from tools.video.probe import (
@@ -30,12 +31,6 @@ from tools.video.probe import (
 
 # No real video has more; a hostile file could hold millions of frames of one byte each.
 MAX_FRAMES_A_SECOND = 1000
-_SCALING = (
-    Interpolation.BICUBIC
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-)
 
 
 class DamagedError(Exception):
@@ -100,16 +95,15 @@ class _Converter:
 
     def __call__(self, frame: VideoFrame, index: int) -> Frame:
         info = self._info
-        planar = (
-            self._reformatter.reformat(  # planes give the same bytes as rgb24, six times as fast
-                frame,
-                format="gbrp",
-                interpolation=_SCALING,
-                threads=1,
-                src_colorspace=info.matrix,
-                src_color_range=ColorRange.JPEG if info.is_full_range else ColorRange.MPEG,
-                dst_color_range=ColorRange.JPEG,
-            )
+        planar = reformat(  # planes give the same bytes as rgb24, six times as fast
+            frame,
+            self._reformatter,
+            format="gbrp",
+            interpolation=SMOOTH | BITEXACT,
+            threads=1,
+            src_colorspace=info.matrix,
+            src_color_range=ColorRange.JPEG if info.is_full_range else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
         )
         green, blue, red = (_samples(plane) for plane in planar.planes)
         pixels = cv2.merge([red, green, blue])

@@ -23,6 +23,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 
+from pipeline.data.videos import UNKNOWN_MATRIX
+
 # AVColorSpace -> matrix for swscale; RGB (0) needs none.
 _MATRICES = {
     0: Colorspace.DEFAULT,
@@ -32,7 +34,6 @@ _MATRICES = {
     6: Colorspace.ITU601,
     7: Colorspace.SMPTE240M,
 }
-_UNKNOWN_MATRIX = 2
 _TONE_MAP = (
     "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
@@ -123,7 +124,9 @@ def probe(path: Path) -> VideoInfo:
         transfer, matrix, is_full_range, refusals = colours(
             frames[0], stream.codec_context.color_range
         )
-        is_interlaced = stream.codec_context.field_order in _INTERLACED_ORDERS or any(
+        # PyAV has `field_order` from version 18 on; decoders mark most such frames themselves.
+        field_order = getattr(stream.codec_context, "field_order", 0)
+        is_interlaced = field_order in _INTERLACED_ORDERS or any(
             frame.interlaced_frame for frame in frames
         )
         turn = orientation(frames[0])
@@ -389,14 +392,14 @@ def colours(frame: VideoFrame, header_range: int) -> tuple[str, Colorspace, bool
         refusals = (
             "Dolby Vision without an SDR-compatible base layer; tone-map it with an editor first",
         )
-    elif matrix != _UNKNOWN_MATRIX and matrix not in _MATRICES:
+    elif matrix != UNKNOWN_MATRIX and matrix not in _MATRICES:
         refusals = (
             f"its colour matrix (number {matrix} of H.273) is not one of BT.601, BT.709, FCC, "
             "SMPTE 240M and "
             "RGB; convert it with ffmpeg",
         )
     elif frame.format.is_rgb is False and matrix == 0:
-        matrix = _UNKNOWN_MATRIX  # zeros in a header: RGB is impossible in this pixel format
+        matrix = UNKNOWN_MATRIX  # zeros in a header: RGB is impossible in this pixel format
     # The rule of mpv and others for untagged files.
     default = Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
     is_full = (
