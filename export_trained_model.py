@@ -26,7 +26,7 @@ class Options:
     )
     """Run folder, or one of its checkpoints: runs/demo/checkpoints/step-00000400."""
     step: Literal["best", "newest"] | int = "best"
-    """Checkpoint: best (by validation PSNR), newest, or a step number."""
+    """Checkpoint: best (by the run's validation), newest, or a step number."""
     raw: bool = False
     """Export the raw weights instead of their moving average (EMA)."""
     half: bool = False

@@ -105,7 +105,10 @@ class Participant:
         while self.windows() == done:
             if self.process.poll() is not None or time.perf_counter() - began > PATIENCE:
                 words = self.output.read_text(errors="replace").strip().splitlines()[-3:]
-                raise RunError(f"{self.name} has ended or hangs: {' | '.join(words)}")
+                raise RunError(
+                    f"{self.name} ended early, or did not finish a window within {PATIENCE} s; "
+                    f"its last output: {' | '.join(words)}"
+                )
             time.sleep(0.005)
         wall = time.perf_counter() - began
         for process in self._processes():

@@ -59,11 +59,7 @@ def main(options: TrainOptions) -> int:
     if report_if_finished(plans):  # checked first: counting GPUs may import torch
         return 0 if held_out is None else _show_demo(plan, held_out, began)
     num_gpus = environment.num_gpus()
-    if num_gpus and options.procs > num_gpus:
-        raise UserError(
-            f"--procs {options.procs} is more than this machine's {num_gpus} "
-            f"GPU{'s' if num_gpus > 1 else ''}; use at most one process per GPU"
-        )
+    gpus.check_procs(options.procs, num_gpus)
     processes = options.procs or num_gpus or 1
     _check_batch(plan, processes, is_chosen=options.procs > 0)
     status = _launch(processes, on_gpu=num_gpus > 0, arguments=arguments)

@@ -36,7 +36,7 @@ def cubic_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize float NCHW images to `size` (height, width) like MATLAB's cubic `imresize`.
 
     Antialiased; the kernel is Keys' with a = -0.5. On Set5 it agrees with `imresize` to within one
-    grey level after rounding. Values may leave [0, 1]; `to_bytes` clamps them.
+    gray level after rounding. Values may leave [0, 1]; `to_bytes` clamps them.
     """
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "upscale": Command("upscale.py", "upscale images, folders and videos"),
     "export": Command("export_trained_model.py", "write a run's network to .pth and .safetensors"),
     "convert": Command("convert_to_onnx.py", "convert a network to ONNX, OpenVINO or TensorRT"),
-    "search": Command("tools/search_hyperparameters.py", "search for hyper-parameters (Optuna)"),
+    "search": Command("tools/search_hyperparameters.py", "search hyperparameters with Optuna"),
     "plot": Command("tools/plot_run.py", "draw the curves of runs as a picture"),
     "compare": Command("tools/crop_compare.py", "show crops of several images side by side"),
     "interpolate": Command("tools/interpolate_weights.py", "blend the weights of two networks"),

@@ -1,6 +1,6 @@
 """Allowed imports between the 13 folders of pipeline/, tools/ and launch/, without cycles.
 
-tools/ is below launch/, whose demo makes a small dataset with it; the hyper-parameter search is
+tools/ is below launch/, whose demo makes a small dataset with it; the hyperparameter search is
 above launch/, because each of its trials is a launch. Within launch/, the doctor may use cluster/,
 but not the other way round.
 """

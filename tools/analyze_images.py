@@ -46,7 +46,7 @@ class Options:
     Also reports range, clipping, and how much the brightness differs between images. The standard
     deviation is that of all pixels (population). Each image gives one histogram per channel, and
     these are summed as integers, so a million images need no more memory than one. Images are read
-    as images_to_data.py reads photographs: 8 bits, upright, grey as RGB, transparency over white.
+    as images_to_data.py reads photographs: 8 bits, upright, gray as RGB, transparency over white.
 
     Example: python tools/analyze_images.py --data-dir ~/dataset
     """

@@ -67,7 +67,7 @@ class Options(GateOptions):
     """The dataset: all images below this folder are checked."""
     fast: bool = False
     """Decode nothing: PNG checksums, JPEG markers and the lengths of WebP, BMP, TIFF and .npy files
-    reveal truncated files and most damage; the gates use the measures in the manifests."""
+    reveal truncated files and most damage; the gates use the measurements in the manifests."""
     clean: bool = False
     """Move bad files to DATA_DIR/quarantine/<same path>; quarantine/report.jsonl lists the
     reasons."""

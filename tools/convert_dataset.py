@@ -290,7 +290,7 @@ def _report(totals: ConversionTotals, files: Files, out: Path, wall: float, cpu:
 
 
 def _report_surplus(sources: list[str], out: Path, form: str) -> None:
-    """Print the converted images whose source was moved to a quarantine or deleted since."""
+    """Print the converted images whose source has since been quarantined or deleted."""
     expected = {converted_name(name, form) for name in sources}
     count = 0
     for kind, name in scan(out, MANIFEST):

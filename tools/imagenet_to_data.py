@@ -102,7 +102,7 @@ def main(options: Options) -> int:
         out, settings, lambda photo: stamps.get(photo.partition("/")[0]), "imagenet_to_data"
     ) as dataset:
         passed = _cut_all(dataset, archives, limits, cutter, threads)
-        # If anything was bad, missing members may only have been unreachable: forget none.
+        # If anything was bad, members may be missing because they were unreachable: keep all.
         for archive in archives if not dataset.totals.bad else ():
             dataset.forget(archive.name)
     clock.report(dataset.totals, out, "photo")

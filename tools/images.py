@@ -202,7 +202,7 @@ def is_stored_as(path: Path, form: str) -> bool:
 def inexactness(data: bytes, header: ImageHeader) -> str:
     """Reason why uint8 RGB cannot hold an encoded image exactly; empty if it can.
 
-    Grey images, palettes and a fully opaque alpha channel fit. More than 8 bits, transparency,
+    Gray images, palettes and a fully opaque alpha channel fit. More than 8 bits, transparency,
     CMYK, colour profiles other than sRGB, and further frames or pages do not. Other metadata is
     ignored.
     """

@@ -1,4 +1,4 @@
-"""Blend the weights of two training runs of the same network, between sharp and faithful."""
+"""Blend the weights of a sharp and a faithful network of the same architecture."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from tools.video.probe import BadVideoError, open_video, probe, read_packets
 class Options:
     """Write each .mkv file below FOLDER as an .mp4 file beside it.
 
-    Video and audio are copied bit by bit; nothing is re-encoded, so nothing is lost. A file whose
+    Video and audio are copied unchanged; nothing is re-encoded, so nothing is lost. A file whose
     codecs MP4 does not support is skipped, with the reason; subtitles and attachments are dropped.
     An existing .mp4 file is never overwritten, the .mkv files stay, and no half-written .mp4 file
     is left. (video_to_data.py reads .mkv files directly.)

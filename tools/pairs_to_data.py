@@ -56,7 +56,7 @@ _MIN_SIDE = 24  # LR pixels per side; smaller pictures are too small to measure 
 # sigma 25, JPEG of quality 30 and 10, blur of sigma 2, and with every s-th pixel as LR (nearly half
 # a pixel off). No true pair is rejected; 94 % of those shifted by one or two pixels are.
 _MIN_GAIN, _ERRORS = 0.003, 5
-_MIN_COLOR = 3.0  # root mean square of R - B, in grey levels; less is not significant
+_MIN_COLOR = 3.0  # root mean square of R - B, in gray levels; less is not significant
 # Cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance.
 _SWAPPED = -0.4
 

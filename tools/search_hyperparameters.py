@@ -1,4 +1,4 @@
-"""Search hyper-parameters with short training runs that can be pruned and resumed."""
+"""Search hyperparameters with short training runs that can be pruned and resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LONGEST_MINUTES = 1e6
 
 @dataclass(frozen=True)
 class Options:
-    """Search hyper-parameters with Optuna: train short runs with different values and rank them.
+    """Search hyperparameters with Optuna: train short runs with different values and rank them.
 
     Each trial is a training run in runs/<study>/trial-0000, trial-0001, ...:
     ./launch_local_train.sh with overrides. Its validations are followed as they come, and a trial

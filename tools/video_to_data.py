@@ -79,7 +79,7 @@ class Options(CropOptions):
     """Maximum number of frames between candidates."""
     min_change: float = 4
     """Omit a frame whose mean difference from a stored frame of the same segment is below this many
-    grey levels (of 64x36 thumbnails), so static scenes give one frame. 0 keeps all."""
+    gray levels (of 64x36 thumbnails), so static scenes give one frame. 0 keeps all."""
 
     def sampling(self) -> Sampling:
         """How to draw frames. Raises `UserError` for values out of range."""
@@ -96,7 +96,7 @@ class Options(CropOptions):
             )
         if not 0 <= self.min_change <= 255:
             raise UserError(
-                f"--min-change {self.min_change:g}: must be 0 to 255 grey levels; 0 keeps all "
+                f"--min-change {self.min_change:g}: must be 0 to 255 gray levels; 0 keeps all "
                 "frames"
             )
         return Sampling(self.frame_interval, self.min_interval, self.max_interval, self.min_change)

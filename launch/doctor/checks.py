@@ -250,12 +250,15 @@ def disk(pair: Comparison) -> Iterator[Finding]:
             "disk",
             FAIL,
             summary,
-            f"{output['free'] / 1e6:.0f} MB is free at {where}, where checkpoints go; make room, "
-            "or give another --output-dir",
+            f"{output['free'] / 1e6:.0f} MB is free at {where}, where checkpoints go; "
+            "free disk space, or give another --output-dir",
         )
     elif output["free"] < (LOW_DISK_BYTES if pair.is_first else LEAST_DISK_BYTES):
         yield pair.finding(
-            "disk", WARN, summary, f"{output['free'] / GIB:.1f} GiB is free at {where}; make room"
+            "disk",
+            WARN,
+            summary,
+            f"{output['free'] / GIB:.1f} GiB is free at {where}; free disk space",
         )
     else:
         yield pair.finding("disk", PASS, summary)

@@ -157,7 +157,7 @@ class Recipe(Spec):
         "with CUDA graphs",
     )
     native_kernels: Literal["auto", "on", "off"] = Field(
-        "auto", description="our own C++ kernels, on CPUs at FP32; auto: where measured faster"
+        "auto", description="our own C++ kernels, on CPUs in FP32; auto: where measured faster"
     )
     deterministic: Literal["off", "on"] = Field(
         "off",

@@ -138,6 +138,15 @@ def count_gpus() -> int:
     return len(slices) if slices else seen
 
 
+def check_procs(procs: int, num_gpus: int) -> None:
+    """Raise `UserError` if `--procs` is more than the machine's GPUs; without GPUs, any will do."""
+    if num_gpus and procs > num_gpus:
+        raise UserError(
+            f"--procs {procs} is more than this machine's {counted(num_gpus, 'GPU')}; use at most "
+            "one process per GPU"
+        )
+
+
 def torch_gpus() -> int:
     """Return the number of GPUs that torch can use here; 0 if the CPU was requested.
 

@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
 
 class StopSignals:
-    """Records SIGINT, SIGTERM and SIGHUP for the training loop to check; repeats change nothing.
+    """Records SIGINT, SIGTERM and SIGHUP for the training loop to check; only the first one counts.
 
     Until `is_patient` is set after the first step, there is nothing to save, and a signal ends the
     process at once.

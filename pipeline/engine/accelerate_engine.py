@@ -76,7 +76,7 @@ class AccelerateEngine:
 
     @property
     def loss_scale(self) -> float:
-        scaler = self._accelerator.scaler  # None except at FP16
+        scaler = self._accelerator.scaler  # None except in FP16
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -118,7 +118,7 @@ class AccelerateEngine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         overflowed = self._accelerator.scaler is not None and self.optimizer.step_was_skipped
-        if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed does at FP16
+        if self.lr_scheduler is not None and not overflowed:  # as DeepSpeed does in FP16
             self.lr_scheduler.step()
 
     def save(self, directory: str, name: str, files: Any) -> None:

@@ -1,9 +1,9 @@
 """Engine on DeepSpeed, which works around four faults of DeepSpeed 0.19.8.
 
-- At FP32 and ZeRO stage 0, updates with non-finite gradients are not skipped.
-- At FP16 and ZeRO stage 0, the loss is scaled wrongly.
+- In FP32 with ZeRO stage 0, updates with non-finite gradients are not skipped.
+- In FP16 with ZeRO stage 0, the loss is scaled wrongly.
 - It synchronises with the GPU twice per micro-batch to measure its own speed.
-- At FP16 and BF16 and ZeRO stage 0, it updates the network parameter by parameter: 1,800 small
+- In FP16 and BF16 with ZeRO stage 0, it updates the network parameter by parameter: 1,800 small
   kernels for VapSR, between which the GPU is idle.
 """
 
@@ -82,11 +82,11 @@ class DeepSpeedEngine:
                     parameter for parameter in module.parameters() if parameter.requires_grad
                 ]
             inner.allreduce_and_copy = partial(_reduce, inner)
-        # At FP32 and ZeRO stage 0 DeepSpeed would write NaN into weights and moments, permanently.
+        # In FP32 with ZeRO stage 0, DeepSpeed would write NaN into weights and moments for good.
         if not inner.zero_optimization() and isinstance(inner.optimizer, torch.optim.Optimizer):
             if not inner.optimizer.defaults.get("fused"):
                 raise UserError(
-                    f"optimizer {type(inner.optimizer).__name__} at FP32 and ZeRO stage 0 has no "
+                    f"optimizer {type(inner.optimizer).__name__} in FP32 with ZeRO stage 0 has no "
                     "guard against NaN; choose Adam, AdamW or SGD, or zero_optimization.stage 1, "
                     "or --runtime accelerate"
                 )
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
                     yield name, gradient
 
     def check_gradient(self) -> None:
-        """Check the gradient at FP32 and ZeRO stage 0; otherwise DeepSpeed does so in `step`."""
+        """Check the gradient in FP32 with ZeRO stage 0; otherwise DeepSpeed does so in `step`."""
         if self._found_nonfinite is None or self._nonfinite_steps is None:
             return
         # The gradients have been summed over ranks, so all ranks find the same norm. It stays on
@@ -294,7 +294,7 @@ def _import_deepspeed(ranks: Ranks) -> Any:
 
 
 class LossScaling:
-    """Loss scaling at FP16 and ZeRO stage 0, where DeepSpeed 0.19.8 unscales by the wrong factor.
+    """Loss scaling in FP16 with ZeRO stage 0, where DeepSpeed 0.19.8 unscales by the wrong factor.
 
     DeepSpeed's `engine.backward` scales the loss for ZeRO's optimizers only (deepspeed pull request
     8393), and its optimizer raises the scale before it divides the gradients by it. This class

@@ -100,11 +100,11 @@ class Engine(Protocol):
 
     @property
     def skipped_steps(self) -> int:
-        """Number of skipped updates; at FP32 only those of this process. Waits for the device."""
+        """Number of skipped updates; in FP32 only those of this process. Waits for the device."""
 
     @property
     def loss_scale(self) -> float:
-        """Factor of the gradients between backward and update; always 1 except at FP16."""
+        """Factor of the gradients between backward and update; always 1 except in FP16."""
 
     def __call__(self, *inputs: Any) -> Any: ...
     def get_lr(self) -> list[float]: ...
@@ -190,7 +190,7 @@ def build_optimizer(
 def backward_and_step(engine: Engine, loss: Tensor) -> None:
     """Run backward and, at an accumulation boundary, one update if its gradient is finite.
 
-    Gradients are already summed over ranks when they are checked, so all ranks decide the same. At
+    Gradients are already summed over ranks when they are checked, so all ranks decide the same. In
     FP32 nothing here waits for the device; with 16-bit weights each update waits once, for the
     gradient's norm.
     """

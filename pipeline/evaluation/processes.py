@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options, exit_status
-from pipeline.distributed.gpus import count_gpus, take_slice
+from pipeline.distributed.gpus import check_procs, count_gpus, take_slice
 from pipeline.distributed.launcher import (
     BY_HAND,
     RankInfo,
@@ -183,11 +183,7 @@ def num_processes(wanted: int, device: str) -> int:
             )
         return wanted or 1
     num_gpus = count_gpus()
-    if num_gpus and wanted > num_gpus:
-        raise UserError(
-            f"--procs {wanted} is more than this machine's {num_gpus} "
-            f"GPU{'s' if num_gpus > 1 else ''}; use at most one process per GPU"
-        )
+    check_procs(wanted, num_gpus)
     return wanted or num_gpus or 1
 
 

@@ -135,7 +135,7 @@ def _compared(
     try:
         return compare(title, load(), batches, LIMITS[io, half])
     except (UserError, RunError) as error:
-        raise RunError(f"{error}. The file is {str(file)!r}; do not use it") from error
+        raise RunError(f"{error}; {str(file)!r} is kept for inspection: do not use it") from error
 
 
 def _check(output: Path, opset: int, openvino: bool) -> None:

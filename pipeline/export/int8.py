@@ -3,7 +3,7 @@
 The quantisation is static (QDQ), with ranges calibrated on photographs. Other photographs measure
 the drop in PSNR-Y against the FP32 network, and a file that loses too much is not written. Weights
 are INT8 per output channel. Activations are UINT8 per tensor, between the smallest and the largest
-calibrated value: clipping outliers, as percentiles and averages do, turns highlights grey and costs
+calibrated value: clipping outliers, as percentiles and averages do, turns highlights gray and costs
 a whole dB on single images. Grouped convolutions stay in FP32, because depthwise ones gain no speed
 from INT8. So do the last convolutions, because no later layer smooths their rounding errors.
 """

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import RunError, UserError, one_line
+from pipeline.cli import RunError, UserError, counted, one_line
 from pipeline.data.image_headers import IMAGE_SUFFIXES
 from pipeline.data.image_pixels import read_rgb
 from pipeline.export.onnx_file import Form, with_form
@@ -78,7 +78,7 @@ class Limit:
     psnr: float
     """Minimum PSNR against PyTorch's FP32 output, in dB."""
     levels: int | None = None
-    """Maximum difference in levels of 255, only for uint8 images. One level is due to rounding: a
+    """Maximum difference in 8-bit levels, for uint8 images only. One level is due to rounding: a
     value between two levels may become either."""
 
 
@@ -157,7 +157,7 @@ def compare(title: str, run: RunBatch, batches: list[Check], limit: Limit) -> st
         shown = (
             f"{psnr:6.1f} dB  {largest:.1e}"
             if limit.levels is None
-            else f"{psnr:6.1f} dB  {largest:.0f} of 255"
+            else f"{psnr:6.1f} dB  {largest:.0f} of 255 levels"
         )
         rows.append(f"  {name:<14}{shown}")
         if not is_good and not failed:
@@ -185,8 +185,10 @@ def _measure(found: np.ndarray, expected: np.ndarray, limit: Limit) -> tuple[flo
 
 
 def _requirement(limit: Limit) -> str:
-    levels = "" if limit.levels is None else f" and at most {limit.levels} of 255"
-    return f"required: {limit.psnr:.0f} dB{levels}"
+    required = f"required: {limit.psnr:.0f} dB"
+    if limit.levels is None:
+        return required
+    return f"{required} and a difference of at most {counted(limit.levels, 'level')}"
 
 
 def middle(image: Tensor, height: int, width: int) -> Tensor:

@@ -37,7 +37,7 @@ class Backend(Protocol):
 
     scale: int
     halo: int
-    """Receptive radius: how many LR pixels away an output pixel can see."""
+    """Receptive radius: how many LR pixels away an input pixel can affect an output pixel."""
     device: Device
     window: tuple[int, int] | None
     """Height and width if the network takes images of one size only; `None`: any size."""
@@ -56,7 +56,7 @@ class Backend(Protocol):
         """Return the network's peak memory in bytes per LR pixel."""
 
     def max_pixels(self, precision: str) -> int:
-        """Return how many LR pixels of a batch fit into the memory that is free at first call."""
+        """Return how many LR pixels of a batch fit into the memory free at the first call."""
 
     def floats(self, images: np.ndarray) -> np.ndarray:
         """Upscale RGB (N, height, width, 3), uint8 or uint16, in the best precision, unclamped.
@@ -120,7 +120,7 @@ class FileFacts:
 
     scale: int
     halo: int
-    """Receptive radius: how many LR pixels away an output pixel can see."""
+    """Receptive radius: how many LR pixels away an input pixel can affect an output pixel."""
     layout: str = "nchw"
     """"nchw" or "nhwc"."""
     white: int = 1

@@ -24,7 +24,7 @@ LIKE_ITS_INPUT = 15.0
 """Minimum PSNR, in dB, of a downscaled result against the input image."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
 UNKNOWN_HALO = 64
-"""Overlap for networks that see the whole image, whose tiles give only approximately its result."""
+"""Overlap for networks that see the whole image; their tiles only approximate its result."""
 
 
 def facts_of(file: NetworkFile, name: str) -> FileFacts:
@@ -44,7 +44,7 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
             pass  # the file is from another program that uses the same keys
     if importlib.util.find_spec("skimage") is None:
         raise UserError(
-            f"{name} does not describe its input; to find out, it is run on photographs from "
+            f"{name} does not say which input it expects; finding out needs photographs from "
             "scikit-image, which is not installed; run: pip install scikit-image"
         )
     photo = read_rgb(paths_within_packages(SHIPPED[:1], "--images")[0])
@@ -78,14 +78,14 @@ def _from_input(file: NetworkFile, name: str) -> FileFacts:
     """Return layout, data type, batch and sizes, which every file declares."""
     if len(file.inputs) != 1:
         raise UserError(
-            f"{name} takes {len(file.inputs)} inputs, but a network from image to image takes one"
+            f"{name} takes {len(file.inputs)} inputs, but an image-to-image network takes one"
         )
     shape = file.inputs[0]
     if len(shape) != 4 or 3 not in (shape[1], shape[3]):
         shown = ", ".join("any" if side is None else str(side) for side in shape)
         raise UserError(
-            f"{name} takes ({shown}), where images are (N, 3, height, width) or "
-            "(N, height, width, 3)"
+            f"{name} takes input of shape ({shown}), but images have the shape "
+            "(N, 3, height, width) or (N, height, width, 3)"
         )
     if file.dtype is None:
         raise UserError(

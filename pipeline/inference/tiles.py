@@ -204,7 +204,7 @@ class Upscaler:
         Values are clamped and rounded to the type `result`, uint8 or uint16. Tiles of 16-bit
         pictures (`is_deep`) overlap by the whole receptive field, so that the result is the same as
         in one piece. Other tiles overlap by what was measured to change the result by at most half
-        a level of 255.
+        an 8-bit level.
 
         Args:
             images: the images.

@@ -1,7 +1,7 @@
 """Colour space conversions, and generators that work in a colour space other than RGB.
 
 RGB is sRGB in [0, 1], NCHW. YCbCr is full-range ITU-R BT.601 as in JPEG (JFIF 1.02): all three
-planes are in [0, 1], and grey has 0.5 in both chroma planes. Oklab is that of Björn Ottosson, "A
+planes are in [0, 1], and gray has 0.5 in both chroma planes. Oklab is that of Björn Ottosson, "A
 perceptual color space for image processing", 2020, with the matrices of 2021,
 https://bottosson.github.io/posts/oklab: lightness in [0, 1], a and b within 0.4 of 0.
 

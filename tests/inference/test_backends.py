@@ -440,7 +440,7 @@ def test_a_foreign_file_shows_its_scale_and_sizes_by_running(work, capsys, tmp_p
         (
             lambda folder: foreign(folder / "a.onnx", input=[1, 3, 64]),
             (),
-            r"cannot load|takes \(1, 3, 64\), where images",
+            r"cannot load|takes input of shape \(1, 3, 64\), but images",
         ),
         (
             lambda folder: foreign(folder / "a.onnx", height=32, width=48),

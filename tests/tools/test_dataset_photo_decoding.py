@@ -101,7 +101,7 @@ def test_transparency_of_sixteen_bits_and_of_palettes():
 
 
 def gray_png(levels: np.ndarray, depth: int, clear: int) -> bytes:
-    """A grey PNG of 1, 2, 4, 8 or 16 bits with one transparent level."""
+    """A gray PNG of 1, 2, 4, 8 or 16 bits with one transparent level."""
     bits = (levels[..., None] >> np.arange(depth)[::-1] & 1).astype(np.uint8)
     rows = np.packbits(bits.reshape(len(levels), -1), axis=1)
     chunks = {
@@ -181,14 +181,14 @@ def test_a_jpeg_with_missing_pixels_is_an_error(cut):
     ],
 )
 def test_a_missing_tail_is_an_error(form, options, cut):
-    """Some decoders fill missing pixels with grey or ignore the last bytes; the tools must not."""
+    """Some decoders fill missing pixels with gray or ignore the last bytes; the tools must not."""
     with pytest.raises(BadImageError):
         decode(encoded(PIXELS, form, **options)[:-cut])
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "jpeg2000"])
 def test_a_forgiving_decoder_is_not_believed(monkeypatch, form):
-    """A decoder may fill missing parts with grey and report success; this must be noticed."""
+    """A decoder may fill missing parts with gray and report success; this must be noticed."""
     monkeypatch.setattr(
         image_pixels, "_decode_plain", lambda data, header: np.full_like(PIXELS, 128)
     )

@@ -2,7 +2,7 @@
 them.
 
 `tests/fixtures/runs-before-the-house/` holds three run folders that version 86232c9 wrote, stopped
-at step 3 of 8: a GAN under DeepSpeed, a run under Accelerate, and two ranks at ZeRO stage 1. Next
+at step 3 of 8: a GAN under DeepSpeed, a run under Accelerate, and two ranks with ZeRO stage 1. Next
 to each are that version's results without the stop: the weights of step 8, and in `straight.json`
 the losses, learning rates and PSNR of the steps in between.
 """

@@ -28,7 +28,7 @@ _WAY_OUT = (
 )
 _HELP = "drag a box   -   Enter: save   -   Backspace or u: undo the last   -   Escape: cancel"
 _SELECTION_WAY_OUT = "give --box X,Y,W,H (repeatable), --auto N or an existing --coords FILE"
-# Shares of the screen's width and height; bars need the rest.
+# Shares of the screen's width and height; task bar and title bar need the rest.
 _IMAGE_SHARE, _PREVIEW_SHARE = (0.92, 0.6), (0.92, 0.27)
 
 

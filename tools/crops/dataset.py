@@ -261,7 +261,7 @@ class CropDataset:
                 "".join(reject_line(unit, reject, is_whole=not records) for reject in rejects)
             )
             self._rejects.flush()
-            # Old crops are better than none.
+            # Keep the crops of the old source, because the new one gave none.
             self._manifest.write(format_lines(earlier if is_broken else records))
             self._manifest.flush()
         except OSError as error:
@@ -289,7 +289,7 @@ class CropDataset:
     def _drop_seen_crops(self, picture: CutPicture) -> list[Reject]:
         """Delete the crops of a frame that repeat a crop of another frame.
 
-        Behind a moving subject, much of a film stands still.
+        The background behind a moving subject often does not change.
         """
         rejects, kept = [], []
         for record in picture.records:
@@ -427,8 +427,8 @@ def _repairing(path: Path) -> Iterator[tuple[Iterable[bytes], IO[str]]]:
             os.replace(repaired, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be repaired: {error.strerror or error}; make room or repair its "
-            "permissions, then run the same command again"
+            f"{path}: cannot be repaired: {error.strerror or error}; free disk space "
+            "or fix its permissions, then run the same command again"
         ) from error
     finally:
         repaired.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ RADIUS = 16  # of the patch around an anchor, in pixels: 33 x 33
 _CELLS, _FREQUENCIES = 11, 8
 _MAX_BITS = 10  # in which the hashes of two matching patches may differ, of 63
 _NUM_CHUNKS = 4  # chunks per hash, 16 bits each; matching patches share at least one
-_MIN_STRENGTH = 1.0  # grey levels
+_MIN_STRENGTH = 1.0  # gray levels
 _NEIGHBOURS = np.ones((13, 13), np.uint8)
 MIN_PART = 64  # minimum overlap with a benchmark picture, in pixels per side
 # Reductions by 1, 2 and 4 of both the benchmark and the query picture, so they match at 1/4 to 4

@@ -23,7 +23,7 @@ class GateOptions:
 
     min_gradient: float = MIN_GRADIENT
     """Reject flat crops (clear sky, black bars), which carry no information for training: those
-    whose mean luma gradient, in grey levels per pixel, is below this; 0 keeps all."""
+    whose mean luma gradient, in gray levels per pixel, is below this; 0 keeps all."""
     min_sharpness: float = MIN_SHARPNESS
     """Reject blurred or upscaled pictures, which have almost no detail in their finest octave:
     those whose sharpness is below this. Pictures to be cut are first halved until they reach it. 0

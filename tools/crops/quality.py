@@ -10,7 +10,7 @@ from pipeline.libraries import cv2
 from tools.crops.duplicates import perceptual_hash
 from tools.crops.grid import halved
 
-MIN_GRADIENT = 1.25  # grey levels per pixel; clear skies, plain walls and black bars are below
+MIN_GRADIENT = 1.25  # gray levels per pixel; clear skies, plain walls and black bars are below
 MIN_SHARPNESS = 0.52  # pictures enlarged 2 times or more, or blurred by sigma >= 1, are below
 
 _BLOCK = 32  # side in pixels of the blocks in which sharpness is measured
@@ -34,7 +34,7 @@ _STRETCH = 120
 def crop_gates(pixels: np.ndarray) -> dict[str, float | str]:
     """Measure a crop, uint8 RGB (height, width, 3), at least 8 pixels per side.
 
-    Floats have 4 significant digits. `gradient`: mean gradient magnitude of the luma in grey levels
+    Floats have 4 significant digits. `gradient`: mean gradient magnitude of the luma in gray levels
     per pixel. `sharpness`: see `is_soft`; 0 for a single colour. `entropy`: bits per pixel of the
     luma histogram. `hash`: hex of `perceptual_hash`.
     """
@@ -110,7 +110,7 @@ def _rounded(value: float) -> float:
 
 
 def _gradient(luma: np.ndarray) -> float:
-    """Mean gradient magnitude in grey levels per pixel, within 4 %.
+    """Mean gradient magnitude in gray levels per pixel, within 4 %.
 
     Uses the alpha-max-plus-beta-min approximation, which needs no floats.
     """

@@ -43,9 +43,8 @@ class Cleaner:
     """Context manager that removes bad files from a dataset.
 
     While it is open, no other run cleans the dataset and no tool writes crops to the folders
-    concerned. To keep tools from cutting a crop again that is undamaged but was rejected, it gets a
-    line in the rejects.jsonl beside its manifest, in the format of a reject plus `cleaned` and the
-    crop's `path`.
+    concerned. An undamaged crop that a gate rejected gets a line in the rejects.jsonl beside its
+    manifest, so that tools do not cut it again: a reject with `cleaned` and the crop's `path`.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Cleaner:
     def _unlink(self, check: FileCheck) -> bool:
         try:
             os.unlink(self._root / check.path)
-        except FileNotFoundError:  # already removed by somebody else
+        except FileNotFoundError:  # already removed by another program
             return False
         return True
 
@@ -128,7 +127,7 @@ class Cleaner:
             os.rename(root / check.path, target)
         except OSError as error:
             os.ftruncate(self._report.fileno(), length)
-            if isinstance(error, FileNotFoundError):  # already removed by somebody else
+            if isinstance(error, FileNotFoundError):  # already removed by another program
                 return False
             raise
         return True

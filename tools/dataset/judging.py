@@ -232,7 +232,7 @@ class FileChecker:
         if gates and is_flat(gates, rules.min_gradient):
             raise _GateError(
                 "flat",
-                f"flat: gradient of {gates['gradient']:.3g} grey levels per pixel is below "
+                f"flat: gradient of {gates['gradient']:.3g} gray levels per pixel is below "
                 f"{rules.min_gradient:g} (--min-gradient)",
             )
         if "source_sharpness" in gates and is_soft(gates, rules.min_sharpness):

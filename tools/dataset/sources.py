@@ -31,7 +31,7 @@ NUM_LARGEST = 10
 GATE_EDGES = {
     "gradient": [
         2 ** (step / 8) for step in range(-16, 49)
-    ],  # grey levels per pixel, 0.25 to 64, eight bins per octave
+    ],  # gray levels per pixel, 0.25 to 64, eight bins per octave
     "source_sharpness": [step / 40 for step in range(81)],  # ratio, 0 to 2
     "sharpness": [step / 40 for step in range(81)],
     "entropy": [step / 10 for step in range(81)],  # bits per pixel, 0 to 8

@@ -60,7 +60,7 @@ class Gate:
 GATES = {
     "gradient": Gate(
         "Gradient",
-        "mean luma gradient, grey levels per pixel (log scale)",
+        "mean luma gradient, gray levels per pixel (log scale)",
         [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64],
         "Amount of detail in a crop. Flat crops, below the line, are rejected.",
         "--min-gradient",
@@ -85,7 +85,7 @@ GATES = {
         "Entropy",
         "bits per pixel of the luma histogram",
         [0, 2, 4, 6, 8],
-        "Variety of grey levels in a crop. Not a gate.",
+        "Variety of gray levels in a crop. Not a gate.",
     ),
 }
 

@@ -1,1 +1,1 @@
-"""Hyper-parameter search with Optuna."""
+"""Hyperparameter search with Optuna."""

@@ -240,7 +240,7 @@ def next_header(source: Window, limit: int) -> TarHeader | None:
             if not block:
                 return None
             if not is_tar(block):
-                raise LostError("data other than a tar follows its end")
+                raise LostError("it is followed by data that is not a tar archive")
         if not block:
             raise LostError("it has no end mark; is it truncated?")
         header = _parsed(block, source)

@@ -19,25 +19,25 @@ from pipeline.data.videos import reformat
 from pipeline.libraries import cv2
 
 THUMBNAIL = (64, 36)  # width, height
-# Mean absolute difference of two frames' thumbnails, in grey levels. Adjacent frames of a scene
+# Mean absolute difference of two frames' thumbnails, in gray levels. Adjacent frames of a scene
 # have 0 to 5, even in fast pans; PySceneDetect also detects a cut at about 10 % of the range.
 CUT_DIFFERENCE = 20.0
-# Standard deviation of a thumbnail, in grey levels: excludes black, white and single-coloured
+# Standard deviation of a thumbnail, in gray levels: excludes black, white and single-coloured
 # frames, and the ends of fades to them.
 MIN_CONTRAST = 5.0
 # A frame within a cross-fade (or a fade) is the mean of the frames some time before and after it.
 # During motion it is not, because that mean is a double image. The residual of the frame against
 # the mean, relative to the change from before to after, is 0 for still pictures, 0.17 for two pans
-# that cross-fade over 30 frames (change: 18 grey levels), and at least 0.18 for pans over
+# that cross-fade over 30 frames (change: 18 gray levels), and at least 0.18 for pans over
 # photographs (change: 2 to 13). So the limit rises with the change of the scene. Pans over smooth
 # surfaces also come near 0, but keep their contrast (mean squared step between adjacent pixels:
 # 0.99 to 1.01 of before and after), which a cross-fade loses (0.87 to 0.95). Slow fades between
 # moving scenes are not detected.
 BLEND_REACH = 5  # frames before and after
-BLEND_RESIDUAL = 1 / 80  # relative to the change, per grey level of change
+BLEND_RESIDUAL = 1 / 80  # relative to the change, per gray level of change
 MAX_BLEND_RESIDUAL = 0.2
 MAX_BLEND_CONTRAST = 0.97
-MIN_BLEND_CHANGE = 4.0  # grey levels; a blend below it does no harm
+MIN_BLEND_CHANGE = 4.0  # gray levels; a blend below it does no harm
 MAX_REMEMBERED = 512  # stored frames of a segment to compare a new one with
 
 Item = TypeVar("Item")
@@ -92,7 +92,7 @@ def thumbnail(frame: VideoFrame) -> np.ndarray:
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference between two thumbnails, in grey levels."""
+    """Mean absolute difference between two thumbnails, in gray levels."""
     return cv2.norm(one, other, cv2.NORM_L1) / one.size
 
 

@@ -20,8 +20,8 @@ UPDATES = 20
 BATCH, SIDE = 8, 16
 TOLERANCES = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.2}
 """How far the losses may be from autograd's, relative to how far they fell. FP16 and BF16 round
-weights and gradients; and at ZeRO 0 DeepSpeed takes a step with zero gradients when it builds Adam,
-so its first real steps are up to a quarter shorter (0.09 here, on a CPU)."""
+weights and gradients; and with ZeRO 0 DeepSpeed takes a step with zero gradients when it builds
+Adam, so its first real steps are up to a quarter shorter (0.09 here, on a CPU)."""
 MOST_OPERATIONS = 600
 """Kernels and copies of one update of VapSR x4 in FP16: forward, loss, backward, step and EMA."""
 CASES = [
@@ -209,7 +209,7 @@ class Costs:
 
 
 def _costs(report: Report, ranks: Any, precision: str) -> None:
-    """Count the cost of an update of VapSR x4 under DeepSpeed at ZeRO 0, including the EMA.
+    """Count the cost of an update of VapSR x4 under DeepSpeed with ZeRO 0, including the EMA.
 
     The small check uses a smaller network.
     """

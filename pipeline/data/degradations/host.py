@@ -320,7 +320,7 @@ def rounded(image: Levels | Bytes, workspace: Workspace) -> Bytes:
 
 
 def through_jpeg(image: Levels | Bytes, quality: int, workspace: Workspace) -> Bytes:
-    """Round the levels and compress them with JPEG, 4:2:0, with OpenCV like DALI."""
+    """Round the levels and compress them with JPEG, 4:2:0, by OpenCV, as DALI does."""
     pixels = rounded(image, workspace)
     pixels = cv2.cvtColor(
         pixels, cv2.COLOR_RGB2BGR, dst=workspace.array("blue first", image.shape, np.uint8)

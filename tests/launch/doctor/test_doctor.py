@@ -249,7 +249,7 @@ def test_a_host_like_the_first_passes(check: str, summary: str) -> None:
             {"output/free": GIB // 4},
             WARN,
             "0 GiB free",
-            "0.2 GiB is free at /runs; make room",
+            "0.2 GiB is free at /runs; free disk space",
         ),
         (
             "disk",
@@ -470,9 +470,9 @@ def test_a_difference_is_reported_with_a_remedy(
             "disk",
             {"output/free": GIB // 4},
             FAIL,
-            "268 MB is free at /runs, where checkpoints go; make room",
+            "268 MB is free at /runs, where checkpoints go; free disk space",
         ),
-        ("disk", {"output/free": 5 * GIB}, WARN, "5.0 GiB is free at /runs; make room"),
+        ("disk", {"output/free": 5 * GIB}, WARN, "5.0 GiB is free at /runs; free disk space"),
         ("GPUs", {"nvidia/gpus": []}, PASS, ""),
         (
             "dataset",

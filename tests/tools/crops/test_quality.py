@@ -133,7 +133,7 @@ def test_gradient_and_entropy_are_what_they_say():
     ramp = np.arange(64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
     gates = crop_gates(np.ascontiguousarray(ramp))
     assert gates["gradient"] == pytest.approx(1, rel=0.04)
-    assert gates["entropy"] == 6  # 64 grey levels, equally frequent
+    assert gates["entropy"] == 6  # 64 gray levels, equally frequent
     diagonal = crop_gates(np.ascontiguousarray(ramp + ramp.transpose(1, 0, 2)))
     assert diagonal["gradient"] == pytest.approx(2**0.5, rel=0.04)
     assert crop_gates(np.zeros((64, 64, 3), np.uint8))["entropy"] == 0

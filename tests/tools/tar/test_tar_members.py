@@ -494,7 +494,7 @@ def test_tars_put_one_behind_another_are_all_read(tmp_path):
     assert read(tmp_path, content)[:2] == ({"a.jpg": JPEG, "b.jpg": PNG}, [])
     members, problems, _ = read(tmp_path, tar({"a.jpg": JPEG}) + b"something else" * 100)
     assert members == {"a.jpg": JPEG}
-    assert "other than a tar follows its end" in problems[0].reason
+    assert "followed by data that is not a tar archive" in problems[0].reason
 
 
 def test_a_hole_in_place_of_members_is_noticed(tmp_path):
