@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pipeline import cli
 from pipeline.distributed.gpus import apply_device
+from pipeline.distributed.launcher import find_rank_info
+from pipeline.run_folder import refuse_if_in_use
 from pipeline.training.options import TrainOptions, overrides_last, plans_of_rank
 from pipeline.training.saved_run import report_if_finished
 
@@ -24,7 +26,10 @@ def main(options: TrainOptions) -> int:
         return 2
     if report_if_finished(plans):
         return 0
-    # torch and DeepSpeed take seconds to import: --help and a finished run do without.
+    if find_rank_info().world_size == 1:
+        refuse_if_in_use(plans[0].home, cli.say)
+    # torch and DeepSpeed take seconds to import: --help, a finished run and one that is in use do
+    # without.
     from pipeline.training.run import train
 
     return train(options, plans)

@@ -48,7 +48,13 @@ from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import launcher
 from pipeline.distributed.gpus import CPU, VISIBLE, is_cpu_wanted
 from pipeline.installation import find_file
-from pipeline.run_folder import checkpoint_steps, has_ended
+from pipeline.run_folder import (
+    checkpoint_steps,
+    has_ended,
+    holds_run,
+    kept_runs,
+    refuse_if_in_use,
+)
 from pipeline.training.options import (
     DATASET_DIR,
     TrainOptions,
@@ -121,6 +127,7 @@ def main(options: Options) -> int:
     _check(options, slots)
     plans = make_plans(options)  # bad input is rejected here, once, before any process starts
     plan = plans[-1]
+    refuse_if_in_use(plan.home, say)
     micro_batch = min(batch_sizes(one.ds_config, world_size(slots))[0] for one in plans)
     is_on_cpu = options.device == "cpu" or is_cpu_wanted()
     address = (
@@ -154,7 +161,7 @@ def main(options: Options) -> int:
         options.launcher,
         options.launcher_args,
     )
-    old_run = _folder_number(plan.home)
+    old_runs, has_old_run = kept_runs(plan.home), holds_run(plan.home)
     must_reset = options.reset
     for attempt in range(options.max_restarts + 1):
         first = ("--reset",) if must_reset else ()
@@ -165,7 +172,7 @@ def main(options: Options) -> int:
         stopped_by, failure = _run(now)
         # If this attempt failed before it moved the old run away, the next one must still reset,
         # or it would continue the old run.
-        must_reset = must_reset and old_run is not None and _folder_number(plan.home) == old_run
+        must_reset = must_reset and has_old_run and kept_runs(plan.home) == old_runs
         if stopped_by or failure is None or attempt == options.max_restarts:
             break
         if failure.status == 2 and _newest_steps(plans) == before:  # bad input: a retry fails too
@@ -373,15 +380,6 @@ def _for_restart(
         )
     ]
     return replace(job, slots=used, arguments=(*kept, *split))
-
-
-def _folder_number(folder: Path) -> tuple[int, int] | None:
-    """(device, inode) of `folder`, to tell it from one made later. None if absent or empty."""
-    try:
-        found = folder.stat()
-        return (found.st_dev, found.st_ino) if any(folder.iterdir()) else None
-    except OSError:
-        return None
 
 
 def _newest_steps(plans: Sequence[TrainPlan]) -> list[int]:

@@ -25,7 +25,7 @@ from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import gpus
 from pipeline.distributed.launcher import free_port
 from pipeline.installation import cache_dir
-from pipeline.run_folder import has_ended
+from pipeline.run_folder import has_ended, refuse_if_in_use
 from pipeline.training.options import (
     DATASET_DIR,
     TrainOptions,
@@ -58,6 +58,7 @@ def main(options: TrainOptions) -> int:
         os.environ[gpus.CPU] = "1"
     if report_if_finished(plans):  # checked first: counting GPUs may import torch
         return 0 if held_out is None else _show_demo(plan, held_out, began)
+    refuse_if_in_use(plan.home, say)
     num_gpus = environment.num_gpus()
     gpus.check_procs(options.procs, num_gpus)
     processes = options.procs or num_gpus or 1

@@ -36,6 +36,9 @@ MANIFEST_FILE = "MANIFEST.json"
 STATE_FILE = "state.json"
 GENERATOR_FILE = "generator.safetensors"
 GENERATOR_EMA_FILE = "generator_ema.safetensors"
+LOCK_FILE = ".lock"
+WAIT_SECONDS = 3  # for a run folder that is in use
+SAVING_SECONDS = 60  # for one whose run is writing its last checkpoint
 
 Step = Literal["best", "newest"] | int
 
@@ -69,7 +72,7 @@ def find_run(root: Path = RUNS_DIR) -> Path:
     inner = f"{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"
     manifests = [*root.glob(f"*/{inner}"), *root.glob(f"*/*/{inner}")]
     newest_first = sorted(
-        (m for m in manifests if ".bak-" not in str(m.relative_to(root))),  # moved by --reset
+        (m for m in manifests if ".bak-" not in str(m.relative_to(root))),  # see `move_aside`
         key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)),
         reverse=True,
     )
@@ -90,7 +93,9 @@ def newest_stage(run_dir: Path) -> Path:
         return run_dir
     manifests = run_dir.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
     newest = max(
-        manifests, key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)), default=None
+        (m for m in manifests if ".bak-" not in str(m.relative_to(run_dir))),  # see `move_aside`
+        key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)),
+        default=None,
     )
     return newest.parents[2] if newest else run_dir
 
@@ -169,44 +174,204 @@ def _best_step(run_dir: Path, newest: int) -> int | None:
         ) from error
 
 
+# The lock is a file inside the run folder, so it is the same file whichever path leads there: a
+# link, a bind mount, another host's mount point. The kernel locks it and releases it when the
+# process ends in any way; the file that a killed run leaves behind means nothing.
+
+
 @contextlib.contextmanager
-def run_lock(run_dir: Path, say: Callable[[str], None], wait_seconds: float = 60) -> Iterator[None]:
-    """Reserve the run folder for this run; wait up to `wait_seconds` for one that is still saving.
+def run_lock(
+    run_dir: Path, say: Callable[[str], None], wait_seconds: float = WAIT_SECONDS
+) -> Iterator[None]:
+    """Reserve the run folder for this process, and make it if it does not exist.
 
-    The lock file is next to the folder, so that the folder can be moved; the lock is released when
-    the process ends. Raises `UserError` if the folder stays in use.
+    Waits up to `wait_seconds` for another process, or up to `SAVING_SECONDS` for one that is
+    writing its last checkpoint (`announce_end`). Raises `UserError` if the folder stays in use or
+    cannot be written.
     """
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    path = run_dir.parent / f".{run_dir.name}.lock"
-    with open(path, "a+") as file:
-        deadline = time.monotonic() + wait_seconds
-        has_said = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                holder = _holder(path)
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{run_dir} is in use by process {holder}; stop it, or use another "
-                        "--output-dir"
-                    ) from None
-                if not has_said:
-                    say(
-                        f"{run_dir} is in use by process {holder}; waiting up to "
-                        f"{wait_seconds:.0f} s for it to finish"
-                    )
-                    has_said = True
-                time.sleep(0.2)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": os.uname().nodename}))
-        file.flush()
+    lock = _wait_for_lock(run_dir, say, wait_seconds, makes_folder=True)
+    assert lock is not None
+    _describe(lock, ends=False)
+    try:
         yield
+    finally:
+        # Removed while it is locked. Whoever opened it before sees that the name is gone.
+        with contextlib.suppress(OSError):
+            path = Path(run_dir).resolve() / LOCK_FILE
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                path.unlink()
+        os.close(lock)
 
 
-def _holder(path: Path) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        holder = json.loads(path.read_text())
-        return f"{holder['pid']} on {holder['host']}"
-    return "(unknown)"
+def refuse_if_in_use(run_dir: Path, say: Callable[[str], None]) -> None:
+    """Raise `UserError` as `run_lock` would, without making, reserving or changing anything.
+
+    For launchers: ranks need seconds to start before they try.
+    """
+    lock = _wait_for_lock(run_dir, say, WAIT_SECONDS, makes_folder=False)
+    if lock is not None:
+        os.close(lock)
+
+
+def announce_end(run_dir: Path) -> None:
+    """Record that this process, which has the lock, is only writing its last checkpoint.
+
+    The same command, started again too early, then waits longer.
+    """
+    with contextlib.suppress(OSError):
+        lock = os.open(Path(run_dir).resolve() / LOCK_FILE, os.O_WRONLY | os.O_NOFOLLOW)
+        try:
+            _describe(lock, ends=True)
+        finally:
+            os.close(lock)
+
+
+def move_aside(run_dir: Path) -> Path | None:
+    """Move a run out of its folder, whose lock this process has; return where it is now.
+
+    The folder is renamed to `<name>.bak-<time>` and made again, with the lock in it. If it cannot
+    be renamed, because it is a mount point or in a folder that is not writable, its content moves
+    to a folder of that name inside it. None if the folder holds no run. Raises `UserError` if
+    neither is possible.
+    """
+    folder = Path(run_dir).resolve()
+    if not holds_run(folder):
+        return None
+    name = f"{folder.name}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
+    kept = free_path(folder.with_name(name))
+    try:
+        folder.rename(kept)
+    except OSError:
+        entries = _run_entries(folder)
+        kept = free_path(folder / name)
+        try:
+            kept.mkdir()
+            for entry in entries:
+                entry.rename(kept / entry.name)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or folder}: the old run cannot be moved aside "
+                f"({error.strerror}); move it yourself, or use another --output-dir"
+            ) from error
+        return kept
+    try:
+        folder.mkdir()
+        # Linked, not renamed: that would replace the lock of a process that was faster.
+        if (kept / LOCK_FILE).exists():
+            os.link(kept / LOCK_FILE, folder / LOCK_FILE)
+            (kept / LOCK_FILE).unlink()
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: the old run is kept in {kept}, but its folder could not be reserved for "
+            f"a new one ({error.strerror}); start the same command without --reset"
+        ) from error
+    return kept
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether the folder contains anything that `move_aside` would move."""
+    return bool(_run_entries(Path(run_dir).resolve()))
+
+
+def _run_entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        entry
+        for entry in sorted(folder.iterdir())
+        if entry.name != LOCK_FILE and not entry.name.startswith(f"{folder.name}.bak-")
+    ]
+
+
+def kept_runs(run_dir: Path) -> set[Path]:
+    """Return where `move_aside` has moved the earlier runs of a folder."""
+    folder = Path(run_dir).resolve()
+    return {
+        path
+        for parent in (folder.parent, folder)
+        if parent.is_dir()
+        for path in parent.iterdir()
+        if path.name.startswith(f"{folder.name}.bak-")
+    }
+
+
+def free_path(path: Path) -> Path:
+    """Return `path`, or `path` with a number if it exists."""
+    number = 1
+    candidate = path
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _wait_for_lock(
+    run_dir: Path, say: Callable[[str], None], wait_seconds: float, *, makes_folder: bool
+) -> int | None:
+    """Return a descriptor of the locked file, or None without one if not `makes_folder`."""
+    folder = Path(run_dir).resolve()
+    path = folder / LOCK_FILE
+    began, has_said = time.monotonic(), False
+    while True:
+        try:
+            if makes_folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(
+                path,
+                os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if makes_folder else 0),
+                0o666,  # less the umask: others may share the folder
+            )
+        except FileNotFoundError:
+            if makes_folder:
+                continue  # moved away in this moment
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{run_dir}: the run folder cannot be written: {error.strerror}; "
+                "make room or fix its permissions, or use another --output-dir"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The folder may have been moved aside, or the file removed, since it was opened.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    return lock
+            os.close(lock)
+            continue
+        except BlockingIOError:
+            holder, is_ending = _holder(lock)
+            os.close(lock)
+        except OSError as error:
+            # Such as Lustre mounted without -o flock.
+            say(
+                f"warning: {run_dir}: this disk has no file locks ({error.strerror}); make sure "
+                "that no other process trains in this folder"
+            )
+            return lock
+        limit = max(wait_seconds, SAVING_SECONDS) if is_ending else wait_seconds
+        if time.monotonic() - began > limit:
+            raise UserError(
+                f"{run_dir} is in use by process {holder}; stop it, or use another --output-dir"
+            )
+        if not has_said:
+            say(
+                f"{run_dir} is in use by process {holder}; waiting up to {limit:.0f} s for it to "
+                "finish"
+            )
+            has_said = True
+        time.sleep(0.1)
+
+
+def _describe(lock: int, *, ends: bool) -> None:
+    """Write who has the lock. Only a message depends on it, so a full disk does not matter."""
+    content = json.dumps({"pid": os.getpid(), "host": os.uname().nodename, "ends": ends})
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, content.encode(), 0)
+
+
+def _holder(lock: int) -> tuple[str, bool]:
+    """Return a text about the process that has the lock, and whether it is ending."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        holder = json.loads(os.pread(lock, 4096, 0))
+        return f"{holder['pid']} on {holder['host']}", bool(holder.get("ends"))
+    return "(unknown)", False

@@ -319,8 +319,11 @@ def test_two_runs_do_not_share_a_folder(dataset: Path, tmp_path: Path) -> None:
         while not log.is_file() or '"event": "train"' not in log.read_text():
             assert first.poll() is None
             time.sleep(0.05)
+        (tmp_path / "link").symlink_to(tmp_path)
+        again = command(dataset, tmp_path / "link" / "run", "steps=100000")
+        assert_one_line(run(again), "link/run is in use by process", "stop it, or use another")
         with subprocess.Popen(
-            command(dataset, tmp_path / "run", "steps=100000"),
+            again,
             env=environment(),
             text=True,
             stdout=subprocess.PIPE,

@@ -20,6 +20,7 @@ from pipeline.files import short_path
 from pipeline.metrics import text_of
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
+from pipeline.run_folder import announce_end
 from pipeline.training.memory import explain_out_of_memory
 from pipeline.training.meter import SkippedFiles, TrainMeter
 from pipeline.training.reporting import Reporter
@@ -153,6 +154,8 @@ class Training:
         # The last request is still being exchanged, and may be more urgent than the one that ended
         # the loop. After a failure, too, the finished steps are saved before it is raised.
         agreed = max(agreed, agreement.finish())
+        if self.ranks.is_first:
+            announce_end(self.plan.home)
         self._save(must=True)
         self._report_skips()
         if agreed.kind == RequestKind.FAIL:

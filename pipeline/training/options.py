@@ -71,7 +71,8 @@ class TrainOptions:
     ds_config: Path | None = None
     """DeepSpeed's configuration. Default: the recipe's, usually ds_config.json."""
     reset: bool = False
-    """Start a new run; the old one is moved to <output-dir>.bak-<time>, never deleted."""
+    """Start a new run; the old one is moved to <output-dir>.bak-<time> (inside <output-dir> if that
+    is a mount point), never deleted."""
     max_epochs: int | None = None
     """Stop after this many passes over the training list, or after the recipe's steps if sooner."""
     patience: int | None = None

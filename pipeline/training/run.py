@@ -24,12 +24,12 @@ from pipeline.installation import as_typed
 from pipeline.libraries import keep_freed_memory, postpone_dynamo
 from pipeline.monitor.console import Console
 from pipeline.monitor.wandb_tracker import require_wandb
-from pipeline.run_folder import run_lock
+from pipeline.run_folder import move_aside, run_lock
 from pipeline.training.loop import Training
 from pipeline.training.memory import MemoryShortageError, rehearse
 from pipeline.training.options import TrainOptions, TrainPlan, plans_of_rank
 from pipeline.training.reporting import Reporter
-from pipeline.training.setup import check_stages, move_aside, set_up
+from pipeline.training.setup import check_stages, move_logs_aside, set_up
 
 # Before training, all ranks compare code, packages, recipe and data: ranks that differ would train
 # on wrong gradients, or hang.
@@ -150,7 +150,7 @@ def _train_all(plans: Sequence[TrainPlan], ranks: Ranks, watchdog: Watchdog) -> 
     console = Console(is_mute=not ranks.is_first)
     with StopSignals(console.say) as signals, contextlib.ExitStack() as stack:
         refuse_other_hosts(plans, ranks)
-        ranks.on_all_ranks(lambda: _take_run_folder(plans[0], ranks, console, stack))
+        ranks.on_all_ranks(lambda: _take_run_folder(plans, ranks, console, stack))
         check_stages(plans, ranks)
         rehearse(plans, ranks, console.say)
         for plan in plans:
@@ -206,14 +206,23 @@ def _train(plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals
 
 
 def _take_run_folder(
-    plan: TrainPlan, ranks: Ranks, console: Console, stack: contextlib.ExitStack
+    plans: Sequence[TrainPlan], ranks: Ranks, console: Console, stack: contextlib.ExitStack
 ) -> None:
-    """Lock the run folder for the lifetime of `stack`; with --reset, move the old run aside."""
+    """Lock the run folder for the lifetime of `stack`; with --reset, move the old run aside.
+
+    Separate log folders are locked too: two runs would write to the same files there.
+    """
     if not ranks.is_first:
         return
+    plan = plans[0]
     if plan.wandb:
         require_wandb()
-    stack.enter_context(run_lock(plan.home, console.say))
-    kept = move_aside(plan) if plan.reset else None
-    if kept:
-        console.say(f"the old run is kept in {short_path(kept)}")
+    homes = {plan.home.resolve(), *(plan.run_dir.resolve() for plan in plans)}
+    logs = dict.fromkeys(plan.log_dir.resolve() for plan in plans)
+    for folder in (plan.home, *(folder for folder in logs if folder not in homes)):
+        stack.enter_context(run_lock(folder, console.say))
+    if plan.reset:
+        move_logs_aside(plan)
+        kept = move_aside(plan.home)
+        if kept:
+            console.say(f"the old run is kept in {short_path(kept)}")

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ from pipeline.models.weights import SavedNetwork
 from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
-from pipeline.run_folder import LOG_FILE, checkpoint_steps
+from pipeline.run_folder import LOG_FILE, checkpoint_steps, free_path
 from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.saved_run import newest_of_previous, refuse_other_run
@@ -357,32 +356,13 @@ def _share_start_weights(
     network.load_state_dict(ranks.agree(network.state_dict()))
 
 
-def move_aside(plan: TrainPlan) -> Path | None:
-    """Rename the old run and its logs to make room for a new one; return where it is now."""
-    suffix = time.strftime("bak-%Y%m%d-%H%M%S")
-    move_logs_aside(plan)
-    if plan.home.is_dir() and any(plan.home.iterdir()):
-        kept = _free_path(plan.home.with_name(f"{plan.home.name}.{suffix}"))
-        plan.home.rename(kept)
-        return kept
-    return None
-
-
 def move_logs_aside(plan: TrainPlan) -> None:
     """Rename what an earlier run has left in a separate --log-dir: a new log begins."""
     if plan.log_dir != plan.run_dir:
         for name in (LOG_FILE, RUN_LOG_FILE, TENSORBOARD_DIR, PREVIEWS_DIR, WANDB_DIR):
             if (plan.log_dir / name).exists():
-                kept = _free_path(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
+                kept = free_path(plan.log_dir / time.strftime(f"{name}.bak-%Y%m%d-%H%M%S"))
                 (plan.log_dir / name).rename(kept)
-
-
-def _free_path(path: Path) -> Path:
-    number = 1
-    candidate = path
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
 
 
 def _seed(seed: int) -> None:

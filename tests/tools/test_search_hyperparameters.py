@@ -155,7 +155,7 @@ def lived(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Lived:
     wait_until(lambda: len(losses(study / "trial-0000")) >= 8)
     searcher.kill()
     searcher.wait()
-    wait_until(lambda: is_free(study / ".trial-0000.lock"))
+    wait_until(lambda: is_free(study / "trial-0000" / ".lock"))
     saved = max(losses(study / "trial-0000"))
     searcher = start()
     wait_until(lambda: len(losses(study / "trial-0001")) >= 8)
@@ -219,7 +219,7 @@ def test_a_worse_trial_is_pruned_and_its_process_ended(lived: Lived) -> None:
     for trial in pruned:
         run_dir = lived.run_dir(trial.number)
         assert PRUNE_AFTER <= max(losses(run_dir)) < STEPS
-        assert is_free(lived.path / f".{run_dir.name}.lock")
+        assert is_free(run_dir / ".lock")
         step = min(step for step in psnrs(run_dir) if step >= PRUNE_AFTER)
         before = [psnrs(lived.run_dir(number))[step] for number in range(trial.number)]
         assert psnrs(run_dir)[step] < max(before)
