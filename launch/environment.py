@@ -25,6 +25,7 @@ import psutil
 
 from pipeline.cli import UserError
 from pipeline.distributed.gpus import CPU, count_gpus
+from pipeline.distributed.launcher import LAUNCHER
 from pipeline.libraries import allocator_variables
 
 STALE_LOCK_SECONDS = 600
@@ -59,7 +60,7 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     if "TORCH_EXTENSIONS_DIR" not in environment:
         environment["TORCH_EXTENSIONS_DIR"] = str(_extensions_dir())
     _clear_stale_locks(Path(environment["TORCH_EXTENSIONS_DIR"]))
-    environment["VASTSCALE_LAUNCHER_PID"] = str(os.getpid())
+    environment[LAUNCHER] = str(os.getpid())
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     # Without this torch warns about every address without a host name.

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,9 +24,10 @@ from pipeline import cli
 from pipeline.cli import UserError, say
 from pipeline.config.ds_config import batch_sizes
 from pipeline.distributed import gpus
-from pipeline.distributed.launcher import free_port
+from pipeline.distributed.launcher import LAUNCHER, free_port
 from pipeline.installation import cache_dir
 from pipeline.run_folder import has_ended, refuse_if_in_use
+from pipeline.signals import NOTHING_TO_SAVE, stop_signals
 from pipeline.training.options import (
     DATASET_DIR,
     TrainOptions,
@@ -38,7 +40,9 @@ from pipeline.training.saved_run import report_if_finished
 
 DEMO_RECIPE = "demo"
 DEMO_FILES = cache_dir() / "demo"
-GRACE_SECONDS = 60  # for ranks that are still saving after their launcher has ended
+SAVE_SECONDS = 300  # for ranks that are still saving after their launcher has ended
+SCRIPT = str(ROOT / "train.py")
+DEEPSPEED = "deepspeed.launcher."  # in the command lines of DeepSpeed's two launchers
 
 
 def main(options: TrainOptions) -> int:
@@ -104,9 +108,8 @@ def largest_share(ds_config: Mapping[str, Any], processes: int) -> int:
 def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
     """Run the ranks to their end, forwarding signals to stop. Return a shell's exit status."""
     variables = environment.prepare(processes, on_gpu=on_gpu)
-    script = str(ROOT / "train.py")
     # One process needs no launcher, which takes seconds to start.
-    command = [sys.executable, script, *arguments]
+    command = [sys.executable, SCRIPT, *arguments]
     if processes > 1:
         # Without --num_gpus the launcher uses the GPUs in CUDA_VISIBLE_DEVICES; with it, the
         # launcher ignores that variable.
@@ -126,53 +129,102 @@ def _launch(processes: int, *, on_gpu: bool, arguments: list[str]) -> int:
             *count,
             "--master_port",
             str(free_port()),
-            script,
+            SCRIPT,
             *arguments,
         ]
     # The ranks get a session of their own, so that CTRL+C reaches only this process, which then
-    # signals all of them at once. An interrupted DeepSpeed launcher would stop one rank after
-    # another and print a traceback.
+    # signals all of them at once.
     received: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if child is not None:
-            _signal_group(child.pid, signal.SIGTERM)
-
     previous = {
-        number: signal.signal(number, forward)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        number: signal.signal(number, lambda number, _frame: received.append(number))
+        for number in stop_signals()
     }
     try:
         child = subprocess.Popen(command, env=variables, start_new_session=True)
-        if received:  # a signal arrived while the process was being created
-            _signal_group(child.pid, signal.SIGTERM)
-        status = child.wait()
-        _wait_for_group(child.pid)
+        is_stopping = False
+        while (status := _wait(child)) is None:
+            if received and not is_stopping:
+                # DeepSpeed's launchers are left alone while there are ranks: one of them would
+                # kill the ranks after 30 s, saved or not. They end with the ranks.
+                is_stopping = True
+                if not _stop(_ranks()):
+                    _signal_group(child.pid, signal.SIGTERM)
+                    _say_nothing_to_save()
+        _end_orphans(child.pid)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if received:
+        if status == -signal.SIGTERM and processes == 1:  # it had not begun to run any code
+            _say_nothing_to_save()
         return 128 + received[0]
+    if status < 0:
+        what = "DeepSpeed's launcher" if processes > 1 else "training"
+        name = signal.Signals(-status).name
+        print(f"error: {what} was killed by {name}", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
 
-def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group (0 only probes it). False if no process of it is left."""
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit status of `child`, or None if it has not ended within 0.2 s."""
+    with suppress(subprocess.TimeoutExpired):
+        return child.wait(0.2)
+    return None
+
+
+def _say_nothing_to_save() -> None:
+    with suppress(OSError):
+        print(NOTHING_TO_SAVE, file=sys.stderr, flush=True)
+
+
+def _ranks() -> list[psutil.Process]:
+    """Return the ranks that this process has started, directly or through DeepSpeed's launcher.
+
+    They are found by their environment: a rank whose launcher has ended has another parent.
+    """
+    own, found = str(os.getpid()), {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            words = process.cmdline()
+            is_rank = SCRIPT in words and not any(word.startswith(DEEPSPEED) for word in words)
+            if is_rank and process.environ().get(LAUNCHER) == own:
+                found[process.pid] = process
+    # What a rank has forked ends with it.
+    return [process for process in found.values() if _parent(process) not in found]
+
+
+def _parent(process: psutil.Process) -> int:
     try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return 0
 
 
-def _wait_for_group(group: int) -> None:
-    """Give ranks that outlive their launcher time to save, then kill them."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    while _signal_group(group, 0) and time.monotonic() < deadline:
+def _stop(ranks: list[psutil.Process]) -> bool:
+    """Ask ranks to save and stop. Return whether there are any."""
+    for rank in ranks:
+        with suppress(psutil.Error):
+            rank.terminate()
+    return bool(ranks)
+
+
+def _end_orphans(group: int) -> None:
+    """Let ranks that outlive their launcher save, then kill whatever is left."""
+    deadline, asked = time.monotonic() + SAVE_SECONDS, set()
+    while (ranks := _ranks()) and time.monotonic() < deadline:
+        _stop([rank for rank in ranks if rank.pid not in asked])
+        asked |= {rank.pid for rank in ranks}
         time.sleep(0.1)
+    for rank in ranks:
+        with suppress(psutil.Error):
+            rank.kill()
     _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> None:
+    """Send a signal to a process group, if any process of it is left."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def _demo(options: TrainOptions, arguments: list[str]) -> tuple[TrainOptions, list[str], Path]:

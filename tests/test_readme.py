@@ -18,6 +18,7 @@ OTHERS = {  # of torchrun, Slurm, enroot, Docker and pip
     "nproc_per_node",
     "rdzv_backend",
     "rdzv_endpoint",
+    "signals-to-handle",
     "ntasks-per-node",
     "gpus-per-node",
     "build-arg",

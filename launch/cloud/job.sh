@@ -18,6 +18,9 @@
 # Give credentials through the machine's role or through files named by RCLONE_CONFIG, AWS_SHARED_CREDENTIALS_FILE or
 # GOOGLE_APPLICATION_CREDENTIALS. Too many programs can see command lines and environments.
 set -euo pipefail
+shopt -s extglob
+
+STOPPED='@(129|130|131|138|140|143|152|158)'  # statuses of a run that a signal has stopped: 128 + signal
 
 say() { printf 'job: %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -144,13 +147,13 @@ cd "$WORK"  # training writes to runs/ in the current folder
 stopping='' child='' failures=0
 # shellcheck disable=SC2329 # called by trap
 stop() { stopping=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
-trap stop TERM INT
+trap stop TERM INT HUP QUIT USR1 USR2 XCPU PWR
 copy_out_regularly & copier=$!
 
 while :; do
     before=$(checkpoints)
     train "$@"
-    case $status in 0 | 2 | 130 | 143) break ;; esac  # finished, bad input, stopped
+    case $status in 0 | 2 | $STOPPED) break ;; esac  # finished, bad input, stopped
     [ -z "$stopping" ] || break
     [ "$(checkpoints)" = "$before" ] || failures=0
     failures=$((failures + 1))
@@ -172,6 +175,6 @@ for pause in 0 "$RESTART_SECONDS" "$RESTART_SECONDS"; do
 done
 if [ -z "$copied" ]; then
     say "error: could not copy the run to RUNS; it is in $WORK/runs" >&2
-    case $status in 0 | 130 | 143) status=1 ;; esac
+    case $status in 0 | $STOPPED) status=1 ;; esac
 fi
 exit "$status"

@@ -30,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 from launch.cluster import messages
 from launch.environment import prepare
 from pipeline.distributed import gpus, launcher
+from pipeline.signals import stop_signals
 
 CONNECT_SECONDS = 30
-GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, if nobody waits for a checkpoint
-ORPHAN_SECONDS = 60  # the same if the supervisor is gone but the other ranks live: they save
+GRACE_SECONDS = 10  # from SIGTERM to SIGKILL, if the other ranks cannot be reached
+SAVE_SECONDS = 60  # the same if all ranks are stopped together: they save
 LAST_WORDS_SECONDS = 3  # for output of the child that is still in the pipe
 
 
@@ -56,9 +57,10 @@ class Guard:
 
         Returns its exit status as a shell reports it, or 1 if the supervisor cannot be reached.
         """
-        # DeepSpeed's launcher stops its children by SIGTERM. The rank then gets the chance to save.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop, GRACE_SECONDS)
+        # From DeepSpeed's launcher, which stops its children by SIGTERM, or from a scheduler. The
+        # rank then saves, together with the others if theirs is stopped, too.
+        for number in stop_signals():
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, SAVE_SECONDS)
         try:
             reader, writer = await self._connect()
         except OSError as error:
@@ -243,7 +245,7 @@ class Guard:
                 self._stop(float(message["stop"]))
         # The supervisor is gone, but the other ranks may be alive. Their guards have lost it too,
         # so all ranks have time to save together.
-        self._stop(ORPHAN_SECONDS)
+        self._stop(SAVE_SECONDS)
 
     async def _watch(self, writer: asyncio.StreamWriter) -> None:
         while True:

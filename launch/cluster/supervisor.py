@@ -24,6 +24,7 @@ from typing import IO, Any
 import psutil
 
 from launch.cluster import messages
+from pipeline.signals import is_stopped, stop_signals
 
 START_SECONDS = 180  # for all guards to report; DeepSpeed is imported on their hosts first
 GRACE_SECONDS = 60  # for saving, after CTRL+C
@@ -123,7 +124,7 @@ class Supervisor:
         """Run the launcher until every rank has ended. Sets `failure` unless all of them
         succeeded."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in stop_signals():
             loop.add_signal_handler(number, self._interrupted, number)
         # Stopped by CTRL+Z, this process would look like a lost node to the ranks.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
@@ -230,10 +231,11 @@ class Supervisor:
             # the clocks of hosts differ. The order of the ends shows the cause.
             rank.ended = time.monotonic() - float(message.get("ago", 0.0))
             rank.is_overdue = bool(message.get("overdue"))
-            # After CTRL+C, ranks end with SIGTERM's status once they have saved, which is no
-            # failure. `_settle` names those that had to be killed.
+            # After CTRL+C, ranks end with a signal's status once they have saved, which is no
+            # failure. `_settle` names those that had to be killed. The signal is SIGTERM, which
+            # guards send, or the one that a scheduler has sent to everything in its job.
             if rank.status != 0 and not (
-                self.stopped_by and (rank.is_overdue or rank.status == 128 + signal.SIGTERM)
+                self.stopped_by and (rank.is_overdue or is_stopped(rank.status))
             ):
                 self._fail()
 
@@ -407,8 +409,8 @@ class Supervisor:
         by us."""
         if rank.is_overdue:
             return False
-        # SIGTERM is a cause only if it came before the supervisor stopped the ranks with it.
-        if rank.status == 128 + signal.SIGTERM:
+        # A signal to stop is a cause only if it came before the supervisor stopped the ranks.
+        if is_stopped(rank.status):
             return (
                 self._failed_at is not None
                 and rank.ended <= self._failed_at

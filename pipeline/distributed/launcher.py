@@ -25,6 +25,8 @@ import psutil
 
 from pipeline.cli import UserError
 
+LAUNCHER = "VASTSCALE_LAUNCHER_PID"
+"""Environment variable: PID of the process that started the ranks, which stop when it is gone."""
 GUARDED = "VASTSCALE_GUARDED"
 """Environment variable of a rank whose output a guard logs, and which ends with its guard."""
 BY_HAND = "RANK and WORLD_SIZE"

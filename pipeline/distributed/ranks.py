@@ -22,15 +22,13 @@ from pipeline.distributed.gpus import has_slice, is_cpu_wanted, refuse_old_gpu, 
 from pipeline.distributed.launcher import (
     BY_HAND,
     GUARDED,
+    LAUNCHER,
     RankInfo,
     choose_interface,
     end_with_parent,
     find_rank_info,
     gpu_of,
 )
-
-LAUNCHER = "VASTSCALE_LAUNCHER_PID"
-"""Environment variable: PID of the process that started the ranks, which stop when it is gone."""
 
 Result = TypeVar("Result")
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.ranks import LAUNCHER, Ranks, reach_ranks
+from pipeline.distributed.launcher import LAUNCHER
+from pipeline.distributed.ranks import Ranks, reach_ranks
+from pipeline.signals import NOTHING_TO_SAVE, stop_signals
 
 NUM_SIGNALS = 128  # more than Linux has; ranks send kind and signal as one integer
 
@@ -42,7 +44,7 @@ class Request(NamedTuple):
 
 
 class StopSignals:
-    """Records SIGINT, SIGTERM and SIGHUP for the training loop to check; only the first one counts.
+    """Records the signals to stop for the training loop to check; only the first one counts.
 
     Until `is_patient` is set after the first step, there is nothing to save, and a signal ends the
     process at once.
@@ -69,10 +71,7 @@ class StopSignals:
         return self._noted
 
     def __enter__(self) -> StopSignals:
-        self._previous = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
+        self._previous = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +81,7 @@ class StopSignals:
 
     def _note(self, number: int, _frame: Any) -> None:
         if not self.is_patient:
-            self._say("stopped before the first step; there is nothing to save")
+            self._say(NOTHING_TO_SAVE)
             # An exception could interrupt compilation halfway.
             os._exit(128 + number)
         self._noted = self._noted or number

@@ -405,6 +405,7 @@ def test_only_a_saved_job_that_nobody_cancelled_goes_back_into_the_queue(
         (143, "COMPLETING", 0),
         (143, "", 0),
         (143, "RUNNING", 1),
+        (138, "RUNNING", 2),  # --signal=USR1@120
     ):
         assert slurm.run(script, FAKE_STATUS=str(status), FAKE_STATE=state)[0] == status
         assert len(slurm.scontrol()) == requeued
@@ -590,7 +591,7 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
 
 @needs_rsync
 @pytest.mark.parametrize(
-    ("status", "starts"), [(0, 1), (2, 1), (130, 1), (143, 1), (1, 3), (137, 3)]
+    ("status", "starts"), [(0, 1), (2, 1), (130, 1), (138, 1), (143, 1), (1, 3), (137, 3)]
 )
 def test_a_cloud_job_ends_with_the_status_of_its_run(
     tmp_path: Path, status: int, starts: int

@@ -263,9 +263,10 @@ def test_one_gpu_needs_no_launcher(
 
     def start(command: list[str], *, env: dict[str, str], **_more: object) -> SimpleNamespace:
         started.update(command=command, visible=env.get("CUDA_VISIBLE_DEVICES"))
-        return SimpleNamespace(pid=2**22 + 1, wait=lambda: 0)  # above Linux's largest process id
+        # above Linux's largest process id
+        return SimpleNamespace(pid=2**22 + 1, wait=lambda _timeout: 0)
 
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(local.subprocess, "Popen", start)
     monkeypatch.setattr(local.gpus, "list_gpus", list)  # as if this machine had no GPU
     assert local._launch(processes, on_gpu=True, arguments=["--reset"]) == 0
     assert ("deepspeed.launcher.runner" in started["command"]) == by_launcher

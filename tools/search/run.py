@@ -30,6 +30,7 @@ from pipeline.distributed.gpus import device_names
 from pipeline.files import short_path, write_atomically
 from pipeline.installation import ROOT
 from pipeline.metrics import metric_of
+from pipeline.signals import stop_signals
 from pipeline.training.options import TrainOptions, TrainPlan, make_plans
 from tools.search.report import ranked, score_text, short_names
 from tools.search.space import Space, override
@@ -177,10 +178,7 @@ class Search:
                     print("\nsaving the running trials ...", file=sys.stderr, flush=True)
             self._received = self._received or number
 
-        previous = {
-            number: signal.signal(number, note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
+        previous = {number: signal.signal(number, note) for number in stop_signals()}
         try:
             yield
         finally:

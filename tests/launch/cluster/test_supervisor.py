@@ -695,7 +695,7 @@ def test_deepspeeds_own_launcher_is_supervised_too(run: Run) -> None:
 
 def test_ranks_save_when_their_supervisor_is_killed(run: Run) -> None:
     """A rank that ignores the signal is killed."""
-    run.start(SAVE, DEAF, guard={"ORPHAN_SECONDS": 0.5})
+    run.start(SAVE, DEAF, guard={"SAVE_SECONDS": 0.5})
     for rank in (0, 1):
         run.read(f"ready-{rank}")
     run.process.kill()
