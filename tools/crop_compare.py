@@ -89,8 +89,8 @@ class Options:
     """Write the PSNR-Y against the first image below every crop, and that of the whole images
     above."""
     border: int = 0
-    """Pixels cut from every border for the PSNR-Y of whole images; evaluate.py cuts as many as the
-    scale."""
+    """Pixels cut from every border for the PSNR-Y of whole images; the evaluation cuts as many
+    pixels as the scale."""
     font: Path | None = None
     """TrueType font for labels beyond ASCII."""
 
