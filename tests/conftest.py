@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,25 @@ def run(arguments: list[str], timeout: float = 120) -> subprocess.CompletedProce
     """Run a command to its end, with its output as text."""
     return subprocess.run(
         arguments, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_python(
+    code: str,
+    *arguments: str,
+    flags: Sequence[str] = (),
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a new interpreter with these `flags`, with its output as text."""
+    return subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(code), *arguments],
+        env=environment() if env is None else env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from conftest import ROOT, environment
+from conftest import environment, run_python
 from launch.environment import prepare
 from pipeline.libraries import allocator_variables, keep_freed_memory
 
@@ -39,15 +37,8 @@ def faults(way: str, variables: dict[str, str]) -> tuple[bool, float]:
 
     A fork does not read the variables.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS, way],
-        env={**environment(), **variables},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = run_python(FAULTS, way, env={**environment(), **variables})
+    assert done.returncode == 0, done.stderr
     was_set, number = json.loads(done.stdout)
     return was_set, number
 

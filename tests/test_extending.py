@@ -8,13 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, SMALL, environment
+from conftest import ROOT, SMALL, environment, run_python
 from fabricate import picture, write_images
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -139,14 +138,11 @@ def extended(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[st
         hr=str(hr),
         facts=str(folder / "facts.json"),
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env={**environment(threads=1), "PYTHONPATH": f"{copy}:{ROOT / 'tests'}"},
+    done = run_python(
+        code,
+        flags=("-W", "ignore"),
         cwd=copy,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        env={**environment(threads=1), "PYTHONPATH": f"{copy}:{ROOT / 'tests'}"},
     )
     assert done.returncode == 0, done.stderr
     log = (folder / "run" / "log.jsonl").read_text().splitlines()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, run_python
 from pipeline import installation
 from pipeline.installation import COMMANDS, DATA_COMMANDS, as_typed
 
@@ -155,14 +155,7 @@ def test_help_imports_no_large_library_and_names_no_script(command: str) -> None
         f"loaded = set({HEAVY!r}) & sys.modules.keys()\n"
         "assert not loaded, loaded\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command.split(), "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(code, *command.split(), "--help")
     assert done.returncode == 0, done.stderr
     shown = "train" if command.startswith("train") else command
     assert done.stdout.startswith(f"usage: vastscale {shown} ")

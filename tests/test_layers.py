@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, environment
+from conftest import ROOT, run_python
 
 # Folder or module -> what it may import. The ground floor (the files directly in pipeline/) is open
 # to all.
@@ -276,15 +274,7 @@ def test_tools_and_launch_import_no_torch() -> None:
         "    importlib.import_module(name)\n"
         "    assert 'torch' not in sys.modules, name\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
 
 

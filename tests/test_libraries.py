@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import ROOT, SMALL, environment
+from conftest import SMALL, run_python
 
 TRAIN_THEN_COMPILE = """
 import sys
@@ -45,13 +43,5 @@ def test_a_run_that_compiles_nothing_does_not_import_dynamo(dataset: Path, tmp_p
     code = (
         f"OVERRIDES, DATASET, RUN = {(*SMALL, 'steps=2')!r}, {str(dataset)!r}, {str(tmp_path)!r}\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code + TRAIN_THEN_COMPILE],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python(code + TRAIN_THEN_COMPILE)
     assert done.returncode == 0, done.stderr

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, assert_one_line, command, environment, run
+from conftest import assert_one_line, command, run, run_python
 from pipeline import losses, models
 from pipeline.cli import UserError
 from pipeline.config import names
@@ -45,15 +42,7 @@ def test_what_is_read_from_the_sources_is_what_the_tables_hold() -> None:
         assert "torch" not in sys.modules
         print(json.dumps(found))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for table, real in TABLES.items():
@@ -143,15 +132,7 @@ def test_every_wrong_name_is_found_before_a_process_starts_and_without_torch(dat
         assert "torch" not in sys.modules
         print(json.dumps(found))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     for found, message in zip(json.loads(done.stdout), WRONG.values(), strict=True):
         assert message in found

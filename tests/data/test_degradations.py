@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections import Counter
@@ -20,7 +18,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import ROOT, SMALL, environment, photograph
+from conftest import SMALL, photograph, run_python
 from pipeline.data.dataset import Dataset, Folder
 from pipeline.data.degradations import build_degradation, kernels
 from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, NoiseSpec, Parameters
@@ -1115,14 +1113,6 @@ def test_a_degradation_is_a_file_and_a_row(dataset: Path, tmp_path: Path) -> Non
             output_dir=Path({str(tmp_path / "run")!r}),
         )))
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_python(code, flags=("-W", "ignore"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished at step 2" in done.stdout

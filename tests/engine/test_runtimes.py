@@ -30,7 +30,7 @@ from comparison import (
     differences,
     logged,
 )
-from conftest import ROOT, SMALL, assert_one_line, command, environment, run
+from conftest import ROOT, SMALL, assert_one_line, command, environment, run, run_python
 from lives import in_ranks
 from pipeline.checkpoint.engine_state import read_module
 from pipeline.checkpoint.manifest import read_manifest
@@ -192,19 +192,10 @@ def test_several_processes_of_accelerate_without_a_gpu_are_refused(tmp_path: Pat
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
     }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from pipeline import cli; from pipeline.distributed import launcher\n"
-            "cli.run(dict, lambda _: launcher.find_rank_info() and 0, [])",
-        ],
+    done = run_python(
+        "from pipeline import cli; from pipeline.distributed import launcher\n"
+        "cli.run(dict, lambda _: launcher.find_rank_info() and 0, [])",
         env=variables,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
     )
     assert_one_line(
         done, "`accelerate launch` was asked for several processes and started one", "torchrun"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import warm
-from conftest import environment
+from conftest import environment, run_python
 from fabricate import CHECKOUT, picture, shared, tiny_saved, write_images
 from pipeline.cli import UserError
 from pipeline.distributed import gpus
@@ -377,15 +377,7 @@ def test_forks_have_the_imports_and_their_own_environment():
     )
 
     def output(rank, how):
-        done = subprocess.run(
-            [sys.executable, "-c", code, rank, how],
-            cwd=CHECKOUT,
-            env=environment(threads=1),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = run_python(code, rank, how)
         return sorted(done.stdout.splitlines()), done.stderr
 
     expected = ["before", "rank 0 of 2 on 1", "rank 1 of 2 on 1", "status 0"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 
 import convert_to_onnx
 import upscale
-from conftest import environment
+from conftest import run_python
 from fabricate import picture, run_command, tiny_saved
 from pipeline import cli
 from pipeline.export import onnx_file
@@ -520,15 +519,7 @@ def test_torch_is_not_imported_where_another_backend_computes(
         (["--backend", kind, "--scale", "3"], ""),
     ):
         out = tmp_path / str(len(arguments))
-        done = subprocess.run(
-            [sys.executable, "-c", code, *common, "-o", str(out), *arguments],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_python(code, *common, "-o", str(out), *arguments, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[-1] == f"imported:{imported}"
         if "--scale" not in arguments:
@@ -544,24 +535,15 @@ def test_a_network_file_needs_torch_once_at_most(files, alone, tmp_path):
         "finally:\n    print('imported:', *sorted({'torch'} & sys.modules.keys()))\n"
     )
     for imported in (" torch", ""):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                str(files / "pictures" / "gray.png"),
-                "--model",
-                str(files / "float.onnx"),
-                "--force",
-                "-o",
-                str(tmp_path / "out"),
-            ],
+        done = run_python(
+            code,
+            str(files / "pictures" / "gray.png"),
+            "--model",
+            str(files / "float.onnx"),
+            "--force",
+            "-o",
+            str(tmp_path / "out"),
             cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[-1] == f"imported:{imported}"

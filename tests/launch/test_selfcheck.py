@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import warm
-from conftest import ROOT, environment
+from conftest import ROOT, environment, run_python
 from launch.selfcheck import child, documents
 from launch.selfcheck.child import SectionResult, run_section
 from launch.selfcheck.documents import filled_in, places, text_of
@@ -277,15 +277,7 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'numpy', 'cv2', 'deepspeed', 'pydantic'} & set(sys.modules)\nassert not "
         "heavy, heavy\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     for name, section in SECTIONS.items():
         assert (ROOT / "launch/selfcheck/sections" / f"{name}.py").is_file()

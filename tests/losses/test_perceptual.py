@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fabricate import CHECKOUT
+from conftest import run_python
 from pipeline.cli import UserError
 from pipeline.libraries import import_torchvision
 from pipeline.losses import Criterion
@@ -378,14 +376,7 @@ def test_torchvision_imports_with_any_build_of_torch() -> None:
         "import lpips\n"
         "import gc; gc.collect(); torch.ops.torchvision.nms.default\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=CHECKOUT,
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(code, flags=("-W", "error"))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
@@ -394,7 +385,7 @@ def test_losses_do_not_import_torchvision_until_it_is_needed() -> None:
         "import sys, pipeline.losses; sys.exit('torchvision' in sys.modules or 'lpips' in "
         "sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60).returncode == 0
+    assert run_python(code).returncode == 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0, 1e-9])

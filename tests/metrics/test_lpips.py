@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from fabricate import CHECKOUT, picture, shared
+from conftest import run_python
+from fabricate import picture, shared
 from pipeline.cli import UserError
 from pipeline.libraries import import_torchvision
 from pipeline.losses import Criterion
@@ -223,12 +222,5 @@ def test_the_library_says_nothing(squeeze) -> None:
         "metric = LpipsMetric('squeeze', sys.argv[1])\n"
         "metric(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, squeeze[1]],
-        cwd=CHECKOUT,
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python(code, squeeze[1])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, SMALL, environment
+from conftest import ROOT, SMALL, environment, run_python
 from evaluate import Options
 from fabricate import picture, tiny_saved, write_images
 from pipeline.cli import UserError
@@ -79,27 +77,18 @@ def test_a_new_metric_chooses_the_best_step_and_is_logged(dummy: Path, dataset: 
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     run_dir = dummy / "run"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "--recipe",
-            "demo",
-            "--dataset-dir",
-            str(dataset),
-            "--output-dir",
-            str(run_dir),
-            *SMALL,
-            "steps=4",
-            "validate_every=2",
-            "best.metric=dummy",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = run_python(
+        code,
+        "--recipe",
+        "demo",
+        "--dataset-dir",
+        str(dataset),
+        "--output-dir",
+        str(run_dir),
+        *SMALL,
+        "steps=4",
+        "validate_every=2",
+        "best.metric=dummy",
         env={**environment(), "PYTHONPATH": f"{dummy}:{ROOT}", "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr
@@ -142,12 +131,7 @@ def test_names_are_checked_without_torch() -> None:
         "assert load_recipe('demo', {'best.metric': 'ssim_y'}).best.metric == 'ssim_y'\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment(), check=False
-        ).returncode
-        == 0
-    )
+    assert run_python(code).returncode == 0
 
 
 def test_scores_in_words() -> None:

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 
@@ -14,7 +12,8 @@ import safetensors.torch
 import torch
 from test_vapsr import plain_vapsr
 
-from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
+from conftest import run_python
+from fabricate import TINY, make_run, shared, tiny_network, tiny_saved
 from pipeline import run_folder
 from pipeline.cli import UserError
 from pipeline.images import to_bytes
@@ -849,4 +848,4 @@ def test_the_newest_run_is_the_one_saved_last(tmp_path):
 
 def test_run_folder_needs_no_torch():
     code = "import sys, pipeline.run_folder; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60).returncode == 0
+    assert run_python(code).returncode == 0

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import run_python
 from dataset_corpus import (
     CHECKOUT,
     UNGATED,
@@ -545,21 +546,13 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            script,
-            str(CHECKOUT / "tools/convert_dataset.py"),
-            str(tmp_path / "data"),
-            str(tmp_path / "out"),
-            "--to",
-            "png",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    result = run_python(
+        script,
+        str(CHECKOUT / "tools/convert_dataset.py"),
+        str(tmp_path / "data"),
+        str(tmp_path / "out"),
+        "--to",
+        "png",
     )
     assert_user_error(result, "cannot be written", "continues where it stopped")
     assert not [

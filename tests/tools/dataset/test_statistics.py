@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import run_python
 from dataset_corpus import CHECKOUT
 from pipeline.data.image_files import MANIFEST
 from tools.crops.manifest import CropRecord, format_line
@@ -192,13 +191,8 @@ def test_memory_hardly_grows_with_the_crops(tmp_path):
             "print(statistics.sources[0].images, "
             "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(CHECKOUT), str(tmp_path / str(count))],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_python(code, str(CHECKOUT), str(tmp_path / str(count)))
+        assert done.returncode == 0, done.stderr
         images, kilobytes = map(int, done.stdout.split())
         assert images == count
         return kilobytes // 1024

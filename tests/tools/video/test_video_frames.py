@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from conftest import run_python
 from dataset_corpus import CHECKOUT, encoded, photograph
 from tools.video.choice import FrameChooser, Sampling
 from tools.video.frames import DamagedError, Frame, FrameCounts, sample_frames, segment_frames
@@ -443,13 +442,7 @@ def test_hostile_files_end(kind: str, tmp_path: Path) -> None:
             data[rng.randrange(most)] = rng.choice([0, 255, rng.randrange(256)])
         paths.append(tmp_path / f"{number}_{kind}")
         paths[-1].write_bytes(data)
-    done = subprocess.run(
-        [sys.executable, "-c", READ_ALL, str(CHECKOUT), *map(str, paths)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(READ_ALL, str(CHECKOUT), *map(str, paths))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 8
 
