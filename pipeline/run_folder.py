@@ -18,10 +18,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from pipeline.checkpoint_index import MANIFEST_FILE as MANIFEST_FILE
 from pipeline.cli import UserError
 
 RUNS_DIR = Path("runs")
@@ -32,7 +33,6 @@ DS_CONFIG_FILE = "ds_config.json"
 FILE_LISTS_DIR = "file_lists"
 CHECKPOINTS_DIR = "checkpoints"
 LOG_FILE = "log.jsonl"
-MANIFEST_FILE = "MANIFEST.json"
 STATE_FILE = "state.json"
 GENERATOR_FILE = "generator.safetensors"
 GENERATOR_EMA_FILE = "generator_ema.safetensors"
@@ -48,11 +48,57 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return Path(run_dir) / CHECKPOINTS_DIR / f"step-{step:08d}"
 
 
+class CheckpointFolder(NamedTuple):
+    """A folder in `checkpoints/` that belongs to the run, by its name."""
+
+    path: Path
+    prefix: str  # "" for a checkpoint; else one of `PREFIXES`
+    step: int
+    has_index: bool
+
+
+WRITING, REPLACED, REMOVED = PREFIXES = (".tmp-", ".old-", ".removed-")
+"""Before the name of a checkpoint that is being written, being replaced, or being removed."""
+
+
+def checkpoint_folders(run_dir: Path) -> list[CheckpointFolder]:
+    """Return the run's own folders in `checkpoints/`, by step: the one rule of what belongs to it.
+
+    A folder does if it is a real one, not a link, and has exactly the name that the run gives. All
+    else (step-good, step-9-mine, step-00000009.tar) is somebody else's. What changes or removes a
+    folder moreover asks for its index; a folder without one may only be renamed.
+    """
+    try:
+        with os.scandir(Path(run_dir) / CHECKPOINTS_DIR) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for name in names:
+        match = re.fullmatch(r"(\.[a-z]+-)?step-([0-9]{8,})", name)
+        prefix, step = (match[1] or "", int(match[2])) if match else ("", -1)
+        path = checkpoint_dir(run_dir, step)
+        path = path.with_name(prefix + path.name)
+        if path.name == name and prefix in ("", *PREFIXES):
+            found.append(CheckpointFolder(path, prefix, step, _may_have_index(path)))
+    return sorted(found, key=lambda folder: (folder.step, folder.prefix))
+
+
+def _may_have_index(folder: Path) -> bool:
+    """Whether the checkpoint has an index; an unreadable folder is not said to have none."""
+    try:
+        (folder / MANIFEST_FILE).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Return the steps of the complete checkpoints, ascending."""
-    manifests = (Path(run_dir) / CHECKPOINTS_DIR).glob(f"step-*/{MANIFEST_FILE}")
-    names = (re.fullmatch(r"step-(\d{8,})", manifest.parent.name) for manifest in manifests)
-    return sorted(int(name[1]) for name in names if name)
+    folders = checkpoint_folders(run_dir)
+    return [folder.step for folder in folders if not folder.prefix and folder.has_index]
 
 
 def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
@@ -69,19 +115,18 @@ def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
 def find_run(root: Path = RUNS_DIR) -> Path:
     """Return the run in `root` with the newest complete checkpoint; `UserError` without any."""
     root = Path(root)
-    inner = f"{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}"
-    manifests = [*root.glob(f"*/{inner}"), *root.glob(f"*/*/{inner}")]
-    newest_first = sorted(
-        (m for m in manifests if ".bak-" not in str(m.relative_to(root))),  # see `move_aside`
-        key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)),
-        reverse=True,
+    newest = _last_saved(
+        folder.parent
+        for pattern in (f"*/{CHECKPOINTS_DIR}", f"*/*/{CHECKPOINTS_DIR}")
+        for folder in root.glob(pattern)
+        if ".bak-" not in str(folder.relative_to(root))  # see `move_aside`
     )
-    if not newest_first:
+    if newest is None:
         raise UserError(
             f"no run with a checkpoint in {str(root)!r}; train one first with "
             "./launch_local_train.sh"
         )
-    return newest_first[0].parents[2]
+    return newest
 
 
 def newest_stage(run_dir: Path) -> Path:
@@ -91,13 +136,24 @@ def newest_stage(run_dir: Path) -> Path:
     """
     if (run_dir / CHECKPOINTS_DIR).is_dir():
         return run_dir
-    manifests = run_dir.glob(f"*/{CHECKPOINTS_DIR}/step-*/{MANIFEST_FILE}")
-    newest = max(
-        (m for m in manifests if ".bak-" not in str(m.relative_to(run_dir))),  # see `move_aside`
-        key=lambda manifest: (manifest.stat().st_mtime_ns, str(manifest)),
-        default=None,
+    stages = (
+        folder.parent
+        for folder in run_dir.glob(f"*/{CHECKPOINTS_DIR}")
+        if ".bak-" not in str(folder.relative_to(run_dir))  # see `move_aside`
     )
-    return newest.parents[2] if newest else run_dir
+    return _last_saved(stages) or run_dir
+
+
+def _last_saved(run_dirs: Iterable[Path]) -> Path | None:
+    """Return the run or stage folder with the most recently written checkpoint, if any has one."""
+    times = []
+    for run_dir in run_dirs:
+        # Removed in the meantime, or the run of somebody else who keeps it private.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            for step in checkpoint_steps(run_dir):
+                written = (checkpoint_dir(run_dir, step) / MANIFEST_FILE).stat().st_mtime_ns
+                times.append((written, str(run_dir), step, run_dir))
+    return max(times)[-1] if times else None
 
 
 def choose_step(run_dir: Path, step: Step) -> int:
@@ -299,7 +355,7 @@ def free_path(path: Path) -> Path:
     """Return `path`, or `path` with a number if it exists."""
     number = 1
     candidate = path
-    while candidate.exists():
+    while os.path.lexists(candidate):
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
 

@@ -4,7 +4,9 @@ data."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,16 @@ import torch
 from PIL import Image
 
 from pipeline import cli
+from pipeline.checkpoint.checkpoint import Contents
+from pipeline.checkpoint_index import describe, write_index
+from pipeline.distributed.ranks import Ranks
+from pipeline.models import build_generator
+from pipeline.models.ema import ExponentialMovingAverage
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
 from pipeline.run_folder import (
     GENERATOR_EMA_FILE,
     GENERATOR_FILE,
-    MANIFEST_FILE,
     STATE_FILE,
     checkpoint_dir,
 )
@@ -80,9 +86,15 @@ def make_run(
         (folder / STATE_FILE).write_text(
             json.dumps({"step": step, "best_step": best, "best_psnr": 30.0})
         )
-        (folder / MANIFEST_FILE).write_text("{}")
+        seal(folder, step)
     (run_dir / "recipe.yaml").write_text(f"name: {name}\n")
     return run_dir
+
+
+def seal(folder: Path, step: int, world_size: int = 1) -> None:
+    """Write the index of the checkpoint in `folder`, as its files are now."""
+    index = {"step": step, "world_size": world_size, "identity": {}, "files": describe(folder)}
+    write_index(folder, index)
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -100,3 +112,37 @@ def write_images(folder: Path, images: dict[str, np.ndarray]) -> Path:
     for name, pixels in images.items():
         Image.fromarray(pixels).save(folder / name)
     return folder
+
+
+PLAIN = {"num_features": 4, "num_blocks": 1}
+"""Parameters of the network of `PlainEngine`."""
+
+
+class PlainEngine:
+    """A network whose ranks each save a file, as with ZeRO; the first also saves the weights."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        torch.manual_seed(0)
+        self.module, self._ranks = build_generator("srresnet", 2, **PLAIN), ranks
+        self.moment = torch.full((1000,), float(ranks.rank))
+
+    def save(self, directory: str, name: str, files: Any) -> None:
+        folder = os.path.join(directory, name)
+        if self._ranks.is_first:
+            files.save(
+                {"module": self.module.state_dict()},
+                os.path.join(folder, "mp_rank_00_model_states.pt"),
+            )
+        files.save({"moment": self.moment}, os.path.join(folder, f"shard-{self._ranks.rank}.pt"))
+        self._ranks.gather(None)
+
+
+def contents_of(ranks: Ranks, *, sees_run_dir: bool = True) -> Contents:
+    engine = PlainEngine(ranks)
+    return Contents(
+        {"generator": engine},
+        ExponentialMovingAverage(engine.module, 0.9),
+        SavedNetwork("srresnet", 2, PLAIN, {}, {"recipe": "test"}),
+        {"recipe": "test"},
+        sees_run_dir,
+    )

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.engine_state import load_engine
-from pipeline.checkpoint.manifest import damage, read_manifest
 from pipeline.checkpoint.progress import Progress, progress_in
+from pipeline.checkpoint.pruning import finish_replacing, set_aside, tidy
 from pipeline.checkpoint.random_states import restore_random_states
 from pipeline.checkpoint.transfer import local_copy
+from pipeline.checkpoint_index import damage, read_index
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import Engine
@@ -32,7 +31,6 @@ from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
     GENERATOR_EMA_FILE,
-    MANIFEST_FILE,
     STATE_FILE,
     checkpoint_dir,
     checkpoint_steps,
@@ -51,18 +49,6 @@ class Contents:
     sees_run_dir: bool = True  # whether this rank does; see `transfer.sees_run_dir`
 
 
-def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints except the newest `keep` and the best. Only one rank calls it."""
-    for step in checkpoint_steps(run_dir)[:-keep]:
-        if step != best_step:
-            folder = checkpoint_dir(run_dir, step)
-            # The manifest goes first: without it the folder is no checkpoint, even if the removal
-            # is interrupted.
-            with suppress(OSError):
-                (folder / MANIFEST_FILE).unlink()
-                shutil.rmtree(folder)
-
-
 def newest_whole(
     run_dir: Path, ranks: Ranks, say: Any = print, sees_run_dir: bool = True
 ) -> int | None:
@@ -73,11 +59,11 @@ def newest_whole(
     it together.
     """
     # Only the first rank changes the folder, before any rank lists it.
-    ranks.on_all_ranks(lambda: _finish_replacing(run_dir) if ranks.is_first else None)
+    restored = ranks.on_all_ranks(lambda: finish_replacing(run_dir) if ranks.is_first else [])
     # The first rank's list counts: a network disk may show other hosts an older one. Checkpoints
     # are ordered by step and never by time, since the clocks of hosts differ.
     steps = ranks.agree(checkpoint_steps(run_dir))
-    damaged = []
+    damaged, found = {}, None
     for step in reversed(steps):
         folder = checkpoint_dir(run_dir, step)
         # Every host reads for itself, because a disk may be readable on one host and not on
@@ -86,34 +72,22 @@ def newest_whole(
         fault = ranks.on_all_ranks(lambda folder=folder: damage(folder) if sees_run_dir else "")
         faults = [fault for fault in ranks.gather(fault) if fault]
         if not faults:
-            # Renamed only now that an intact one is found: a run that refuses to start changes
-            # nothing.
-            for other in damaged if ranks.is_first else ():
-                shutil.rmtree(other.with_name(f"damaged-{other.name}"), ignore_errors=True)
-                other.rename(other.with_name(f"damaged-{other.name}"))
-            return step
-        damaged.append(folder)
+            found = step
+            break
+        damaged[folder] = faults[0]
         if ranks.is_first:
             say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the previous one")
-    if steps:
+    if steps and found is None:
         raise UserError(
             f"every checkpoint in {run_dir / CHECKPOINTS_DIR} is damaged; start a new run with "
             "--reset, which keeps the old one"
         )
-    return None
-
-
-def _finish_replacing(run_dir: Path) -> None:
-    """Restore a checkpoint whose replacement was interrupted between its two renames."""
-    for replaced in (run_dir / CHECKPOINTS_DIR).glob(".old-step-*"):
-        final = replaced.with_name(replaced.name.removeprefix(".old-"))
-        if final.exists():
-            # The new folder is in place; only the old one still has to be removed.
-            shutil.rmtree(replaced)
-        else:
-            # The new folder never got its name. It is removed by the next save; the old one is
-            # whole.
-            replaced.rename(final)
+    # Renamed only now that an intact one is found: a run that refuses to start changes nothing.
+    if ranks.is_first:
+        renamed = [set_aside(folder, fault) for folder, fault in damaged.items()]
+        for note in [*restored, *renamed, *tidy(run_dir)]:
+            say(f"note: {note}")
+    return found
 
 
 def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress:
@@ -122,7 +96,7 @@ def load(run_dir: Path, step: int, contents: Contents, ranks: Ranks) -> Progress
     Raises `RuntimeError` if the ranks' weights differ afterwards.
     """
     folder = checkpoint_dir(run_dir, step)
-    files = read_manifest(run_dir, step)["files"] if ranks.is_first else {}
+    files = read_index(folder)["files"] if ranks.is_first else {}
     with local_copy(folder, files, contents.sees_run_dir, ranks) as place:
         progress = _load(place, contents, ranks)
     # Ranks may have read different copies or different shards. Ranks with different weights would

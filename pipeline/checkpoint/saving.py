@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -34,20 +34,27 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from pipeline.checkpoint.checkpoint import Contents, prune
+from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint.engine_state import capture_engine
-from pipeline.checkpoint.manifest import describe
 from pipeline.checkpoint.progress import Progress, progress_in
+from pipeline.checkpoint.pruning import (
+    begin_folder,
+    make_way,
+    prune,
+    remove_replaced,
+    remove_unfinished,
+    tidy,
+)
 from pipeline.checkpoint.random_states import random_states
 from pipeline.checkpoint.snapshot import Frozen, HostMemory, Snapshot
 from pipeline.checkpoint.transfer import collect, private_folder
+from pipeline.checkpoint_index import damage, describe, write_index
 from pipeline.distributed.ranks import Ranks
 from pipeline.files import flush
 from pipeline.models.weights import SavedNetwork, write_network
 from pipeline.run_folder import (
     GENERATOR_EMA_FILE,
     GENERATOR_FILE,
-    MANIFEST_FILE,
     STATE_FILE,
     checkpoint_dir,
 )
@@ -86,6 +93,8 @@ class Saver:
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._notes: deque[str] = deque()  # of the writing thread
+        self._known_notes: set[str] = set()
         self._preparing: threading.Thread | None = None
 
     def prepare(self) -> None:
@@ -150,6 +159,19 @@ class Saver:
             raise failure
         return failure
 
+    def notes(self) -> list[str]:
+        """Return what was renamed or left in `checkpoints/` since the last call, on the first rank.
+
+        What every save finds again is returned once.
+        """
+        new = []
+        while self._notes:
+            note = self._notes.popleft()
+            if note not in self._known_notes:
+                new.append(note)
+                self._known_notes.add(note)
+        return new
+
     def close(self) -> None:
         """Give a save in progress time to finish when the run ends with an error."""
         if self._thread is not None:
@@ -199,7 +221,9 @@ class Saver:
             # rank that gave up alone would leave the others waiting for its files.
             with ExitStack() as stack:
                 own = _attempt_on_all_ranks(
-                    lambda: _make_folders(aside, contents, writers, stack), writers, step
+                    lambda: _make_folders(aside, contents, writers, stack, self._notes),
+                    writers,
+                    step,
                 )
                 _attempt_on_all_ranks(
                     lambda: _write_own_files(own, moment, contents, writers), writers, step
@@ -209,23 +233,26 @@ class Saver:
                 )
                 # All files that the ranks have written. The first rank waits until its own view of
                 # the folder shows them: a network disk may show a file late, and a file that is not
-                # seen would be missing from the manifest.
+                # seen would be missing from the index.
                 written = set().union(
                     *writers.gather(_names(aside) if contents.sees_run_dir else set())
                 )
                 # Only the first rank commits. The others wait for the outcome, so that no rank
                 # believes in a checkpoint that does not exist.
-                commit = partial(_commit, aside, final, moment.progress, contents, writers, written)
+                commit = partial(
+                    _commit, aside, final, moment.progress, contents, writers, written, self._notes
+                )
                 _attempt_on_all_ranks(commit if writers.is_first else lambda: None, writers, step)
         except SaveError:
             # All ranks have reached this point, so none writes into the folder any more.
             if writers.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
+                self._notes += remove_unfinished(aside)
             raise
         # Only now that the new checkpoint is committed: a kill between removing and writing must
         # not leave fewer than `keep`.
         if writers.is_first:
-            prune(self._run_dir, self._keep, moment.progress.best_step)
+            self._notes += remove_replaced(final)
+            self._notes += prune(self._run_dir, self._keep, {moment.progress.best_step})
 
 
 def _reserve(snapshot: Snapshot) -> None:
@@ -260,15 +287,20 @@ def _raise_if_any_failed(failure: str, ranks: Ranks, step: int) -> None:
 
 def _is_saved(final: Path, progress: Progress) -> bool:
     """Whether `final` is a checkpoint of all of `progress` (a validation may have followed it)."""
-    return (final / MANIFEST_FILE).is_file() and progress_in(final) == progress
+    # A damaged one is saved again: whoever changed its state need not have told this process.
+    with suppress(OSError):
+        return not damage(final, {STATE_FILE}) and progress_in(final) == progress
+    return False
 
 
-def _make_folders(aside: Path, contents: Contents, ranks: Ranks, stack: ExitStack) -> Path:
-    """Return the folder this rank writes into: `aside`, or a private one if it cannot see that."""
+def _make_folders(
+    aside: Path, contents: Contents, ranks: Ranks, stack: ExitStack, notes: deque[str]
+) -> Path:
+    """Return the folder for this rank's files: `aside`, or a private one if it is not seen."""
     if ranks.is_first:
         # No other save is in progress: the run folder is locked, and saves come one after the
         # other.
-        _remove_unfinished(aside.parent)
+        notes += [*tidy(aside.parents[1]), *begin_folder(aside)]
     own = aside if contents.sees_run_dir else private_folder(stack)
     for name in contents.engines:
         # A folder that ranks share is made by the first. The agreement that follows makes the
@@ -276,15 +308,6 @@ def _make_folders(aside: Path, contents: Contents, ranks: Ranks, stack: ExitStac
         if ranks.is_first or not contents.sees_run_dir:
             (own / name).mkdir(parents=True)
     return own
-
-
-def _remove_unfinished(checkpoints: Path) -> None:
-    """Remove checkpoints that were never committed or only partly removed."""
-    for stale in checkpoints.glob(".tmp-step-*"):
-        shutil.rmtree(stale)
-    for half_removed in checkpoints.glob("step-*"):
-        if not (half_removed / MANIFEST_FILE).exists():
-            shutil.rmtree(half_removed)
 
 
 def _write_own_files(own: Path, moment: _Moment, contents: Contents, ranks: Ranks) -> None:
@@ -338,34 +361,30 @@ def _commit(
     contents: Contents,
     ranks: Ranks,
     written: set[str],
+    notes: deque[str],
 ) -> None:
     _wait_for(aside, written)
     # Ranks have flushed what they wrote here themselves, but state.json and the files that came
     # from other hosts have not been flushed yet.
     for path in (p for p in aside.rglob("*") if p.is_file()):
         flush(path)
-    # The manifest comes last: a folder without it does not count as a checkpoint. Its hashes later
+    # The index comes last: a folder without it does not count as a checkpoint. Its hashes later
     # show damage that loading would not notice, such as a flipped bit in a tensor.
-    manifest = {
+    index = {
         "step": progress.step,
         "world_size": ranks.world_size,
         "identity": contents.identity,
         "files": describe(aside),
     }
-    (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
-    flush(aside / MANIFEST_FILE)
+    write_index(aside, index)
     # Flushing a file does not store its name, which belongs to its folder.
     for folder in [aside, *(p for p in aside.rglob("*") if p.is_dir())]:
         flush(folder)
-    # This step may have been saved before, without the validation that followed. A folder cannot be
-    # renamed onto one that is not empty, so the old one steps aside first. After a kill between the
-    # two renames, `checkpoint._finish_replacing` puts it back.
-    replaced = final.with_name(f".old-{final.name}")
-    if final.exists():
-        os.rename(final, replaced)
+    # This step may have been saved before, without the validation that followed. After a kill
+    # between the two renames, `finish_replacing` puts the old one back.
+    notes += make_way(final)
     # This is the commit. All content is on the disk before it: otherwise a power cut could leave
     # the final name with incomplete files behind it.
     os.rename(aside, final)
     # The renames themselves are stored in the parent.
     flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)

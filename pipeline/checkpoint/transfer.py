@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.checkpoint.manifest import describe
+from pipeline.checkpoint_index import describe
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
 from pipeline.run_folder import CHECKPOINTS_DIR
@@ -118,7 +118,7 @@ def _broadcast(
     folder: Path, files: Mapping[str, Mapping[str, Any]], group: dist.ProcessGroup
 ) -> str:
     """Write the `files` of the first rank's `folder` into the other ranks' folders."""
-    # Only the first rank has read the manifest. The others need the sizes to receive as many bytes.
+    # Only the first rank has read the index. The others need the sizes to receive as many bytes.
     box = [files]
     dist.broadcast_object_list(box, src=0, group=group)
     failure = ""

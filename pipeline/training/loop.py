@@ -361,5 +361,7 @@ class Training:
         self._watchdog.feed(only_if_armed=True)
 
     def _warn_about(self, failure: SaveError | None) -> None:
+        for note in self._saver.notes():
+            self.console.say(f"note: {note}")
         if failure:
             self.console.say(f"warning: {failure}; training continues and will try again")

@@ -10,24 +10,30 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.checkpoint.manifest import damage, read_manifest
 from pipeline.checkpoint.progress import read_progress
+from pipeline.checkpoint_index import damage, read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import ds_differences, precision_of
 from pipeline.config.recipe import changes, recipe_differences, recipe_of
 from pipeline.distributed.gpus import is_cpu_wanted, may_have_gpu
 from pipeline.distributed.launcher import GUARDED, find_rank_info
 from pipeline.monitor.console import RUN_LOG_FILE, Console
-from pipeline.run_folder import FILE_LISTS_DIR, checkpoint_dir, checkpoint_steps
+from pipeline.run_folder import (
+    FILE_LISTS_DIR,
+    REPLACED,
+    checkpoint_dir,
+    checkpoint_folders,
+    checkpoint_steps,
+)
 from pipeline.training.options import TrainPlan
 
 
-def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], manifest: dict[str, Any]) -> None:
+def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], index: dict[str, Any]) -> None:
     """Raise `UserError` naming the fields in which the run on disk differs from `plan`.
 
     The number of ranks may differ; `batch_sizes` refuses a global batch that it does not divide.
     """
-    found, step = manifest["identity"], manifest["step"]
+    found, step = index["identity"], index["step"]
     differences = recipe_differences(
         recipe_of(found["recipe"], f"the run in {plan.run_dir}"), plan.recipe
     )
@@ -40,7 +46,7 @@ def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], manifest: dict[str
     ]
     differences += changes({"precision": found["precision"]}, {"precision": wanted["precision"]})
     # A run of an earlier version may have recorded fewer keys.
-    known = {key: wanted["dataset"][key] for key in found["dataset"]}
+    known = {key: wanted["dataset"].get(key) for key in found["dataset"]}
     changed = changes(found["dataset"], known, "dataset ")
     if changed:
         named = plan.dataset.differences(plan.run_dir / FILE_LISTS_DIR)
@@ -111,10 +117,10 @@ def _last_step(plan: TrainPlan) -> int | None:
         ):
             return None
         # The normal start repairs a replacement that was interrupted between its two renames.
-        if any(checkpoint_dir(plan.run_dir, step).parent.glob(".old-step-*")):
+        if any(folder.prefix == REPLACED for folder in checkpoint_folders(plan.run_dir)):
             return None
-        manifest = read_manifest(plan.run_dir, step)
-        began = manifest["identity"].get("began_with_step")
+        index = read_index(checkpoint_dir(plan.run_dir, step))
+        began = index["identity"].get("began_with_step")
         if began is not None and began != newest_of_previous(plan):
             return None
         # Signs of a GPU are taken for a usable one. If that is wrong, the precision differs and the
@@ -122,7 +128,7 @@ def _last_step(plan: TrainPlan) -> int | None:
         precision = precision_of(
             plan.ds_config, on_cpu=is_cpu_wanted() or not may_have_gpu(), runtime=plan.runtime
         )
-        refuse_other_run(plan, {**plan.identity, "precision": precision}, manifest)
+        refuse_other_run(plan, {**plan.identity, "precision": precision}, index)
         if not damage(checkpoint_dir(plan.run_dir, step)):
             return step
     return None

@@ -17,8 +17,8 @@ from torch import nn
 
 from pipeline.checkpoint import checkpoint, transfer
 from pipeline.checkpoint.checkpoint import Contents
-from pipeline.checkpoint.manifest import read_manifest
 from pipeline.checkpoint.progress import Progress, read_progress
+from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import batch_sizes
 from pipeline.config.recipe import Recipe
@@ -47,7 +47,7 @@ from pipeline.models.weights import SavedNetwork
 from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
-from pipeline.run_folder import LOG_FILE, checkpoint_steps, free_path
+from pipeline.run_folder import LOG_FILE, checkpoint_dir, checkpoint_steps, free_path
 from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.saved_run import newest_of_previous, refuse_other_run
@@ -200,12 +200,14 @@ def _find_run(
     step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
     began = newest = ranks.agree(newest_of_previous(plan))
     if step is not None:
-        manifest = ranks.agree(read_manifest(plan.run_dir, step) if ranks.is_first else None)
-        ranks.on_all_ranks(lambda: refuse_other_run(plan, identity, manifest))
-        began = manifest["identity"].get("began_with_step")
-        if manifest["world_size"] != ranks.world_size:
+        index = ranks.agree(
+            read_index(checkpoint_dir(plan.run_dir, step)) if ranks.is_first else None
+        )
+        ranks.on_all_ranks(lambda: refuse_other_run(plan, identity, index))
+        began = index["identity"].get("began_with_step")
+        if index["world_size"] != ranks.world_size:
             say(
-                f"note: step {step} was saved by {manifest['world_size']} ranks and continues on "
+                f"note: step {step} was saved by {index['world_size']} ranks and continues on "
                 f"{ranks.world_size}: the samples stay the same, but sums are rounded differently"
             )
     if began != newest and began is not None:

@@ -13,7 +13,7 @@ from lives import in_ranks
 def _measure(folder: str) -> list[Any]:
     from benchmarks.checkpoint import Options, main
     from pipeline.checkpoint import saving
-    from pipeline.checkpoint.manifest import damage
+    from pipeline.checkpoint_index import damage
     from pipeline.run_folder import checkpoint_dir
 
     found, commit = [], saving._commit

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comparison import checkpoint_differences
 from lives import start, train
-from pipeline.checkpoint.checkpoint import damage
+from pipeline.checkpoint_index import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 from warm import Fork
 

@@ -18,49 +18,14 @@ from safetensors.torch import load_file
 
 from comparison import checkpoint_differences, logged
 from conftest import SMALL
+from fabricate import contents_of
 from lives import in_ranks, start_in_ranks, train
 from pipeline.checkpoint import saving
-from pipeline.checkpoint.checkpoint import Contents
-from pipeline.checkpoint.manifest import damage
 from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.checkpoint.saving import SaveError, Saver
+from pipeline.checkpoint_index import damage
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
-from pipeline.models import build_generator
-from pipeline.models.ema import ExponentialMovingAverage
-from pipeline.models.weights import SavedNetwork
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
-
-PARAMS = {"num_features": 4, "num_blocks": 1}
-
-
-class PlainEngine:
-    """A network whose ranks each save a file, as with ZeRO; the first also saves the weights."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        torch.manual_seed(0)
-        self.module, self._ranks = build_generator("srresnet", 2, **PARAMS), ranks
-        self.moment = torch.full((1000,), float(ranks.rank))
-
-    def save(self, directory: str, name: str, files: Any) -> None:
-        folder = os.path.join(directory, name)
-        if self._ranks.is_first:
-            files.save(
-                {"module": self.module.state_dict()},
-                os.path.join(folder, "mp_rank_00_model_states.pt"),
-            )
-        files.save({"moment": self.moment}, os.path.join(folder, f"shard-{self._ranks.rank}.pt"))
-        self._ranks.gather(None)
-
-
-def contents_of(ranks: Ranks, *, sees_run_dir: bool = True) -> Contents:
-    engine = PlainEngine(ranks)
-    return Contents(
-        {"generator": engine},
-        ExponentialMovingAverage(engine.module, 0.9),
-        SavedNetwork("srresnet", 2, PARAMS, {}, {"recipe": "test"}),
-        {"recipe": "test"},
-        sees_run_dir,
-    )
 
 
 class Gate:

@@ -16,7 +16,7 @@ import lives
 from comparison import differences, logged
 from lives import in_ranks, output_of, train
 from pipeline.checkpoint.engine_state import OPTIMIZER, WEIGHTS, reshard
-from pipeline.checkpoint.manifest import damage
+from pipeline.checkpoint_index import damage
 from pipeline.run_folder import checkpoint_dir
 
 BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")

@@ -33,7 +33,7 @@ from comparison import (
 from conftest import ROOT, SMALL, assert_one_line, command, environment, run, run_python
 from lives import in_ranks
 from pipeline.checkpoint.engine_state import read_module
-from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import check_accelerate, choose_runtime, load_ds_config
 from pipeline.distributed.launcher import FIRST_PORT, NUM_PORTS
@@ -149,7 +149,7 @@ def test_each_launcher_trains_and_is_named(started: dict[str, Started], name: st
     assert this.printed.count("finished at step 4") == 1, "only one rank reports"
     assert "Traceback" not in this.printed
     assert checkpoint_steps(this.run_dir) == [3, 4]
-    assert read_manifest(this.run_dir, 4)["world_size"] == ranks
+    assert read_index(checkpoint_dir(this.run_dir, 4))["world_size"] == ranks
     assert [step for step, *_ in logged(this.run_dir)] == [1, 2, 3, 4]
 
 

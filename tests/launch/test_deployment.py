@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SMALL, environment
-from pipeline.checkpoint.manifest import damage
+from pipeline.checkpoint_index import damage
 from pipeline.losses.perceptual import SOURCE, TRUNK_FILES
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 

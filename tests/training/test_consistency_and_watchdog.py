@@ -24,7 +24,7 @@ import pytest
 import warm
 from conftest import ROOT, SMALL, environment
 from lives import in_ranks
-from pipeline.checkpoint.manifest import damage
+from pipeline.checkpoint_index import damage
 from pipeline.cli import UserError
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 from pipeline.training.options import TrainOptions, TrainPlan, make_plans

@@ -19,7 +19,7 @@ from cluster import Cluster, why_not
 from comparison import logged
 from conftest import ROOT, SMALL
 from lives import train
-from pipeline.checkpoint.manifest import damage
+from pipeline.checkpoint_index import damage
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 MUST_RUN = "VASTSCALE_TEST_CLUSTER" in os.environ  # skipping would hide that nothing was tested
