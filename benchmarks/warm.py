@@ -52,6 +52,11 @@ MODULES = (
 WATCHED = "VASTSCALE_EVALUATION_PARENT"
 MARK = "# warm\n"
 """Start of code that `-c` may run in a fork."""
+BEFORE = "WARM_BEFORE"
+"""Environment variable: Python code that runs before each script, to inject a fault into it."""
+REAL = "WARM_REAL"
+"""Environment variable: path of one script that a real interpreter runs, for a script that must
+notice the end of its parent. What it starts runs in forks again."""
 PRELOAD = (
     "torch",
     "torch._dynamo",
@@ -113,6 +118,11 @@ try:
         os.fstat(number)
 except OSError:  # one of stdin, stdout and stderr is closed
     known = False
+if known and script == os.environ.get({real!r}):
+    code = ("import os, runpy, sys; sys.executable, *sys.argv = sys.argv[1:]; "
+            "exec(os.environ.get('" + {before!r} + "', '')); "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    os.execv({python!r}, [{python!r}, "-u", "-c", code, {executable!r}, script, *words[1:]])
 if not known:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server.connect({address!r})
@@ -161,6 +171,9 @@ def python() -> str:
             address=address,
             limits=LIMITS,
             handed_on=tuple(map(int, HANDED_ON)),
+            before=BEFORE,
+            real=REAL,
+            executable=str(executable),
         )
     )
     executable.chmod(0o755)
@@ -374,7 +387,7 @@ def _become(request: dict[str, Any]) -> tuple[str, str]:
     torch.set_num_threads(int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)))
     words = request["words"]
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    kept = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
+    kept = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "benchmarks"))]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         sys.path[:] = ["", *paths, *kept]
@@ -413,6 +426,7 @@ def _run(code: str, main: dict[str, Any]) -> NoReturn:
 
     status, interrupted = 0, False
     try:
+        exec(os.environ.get("WARM_BEFORE", ""), {})
         exec(compile(code, main["__file__"], "exec"), main)
     except SystemExit as error:
         if isinstance(error.code, int):
