@@ -143,6 +143,10 @@ class Training:
                 is_best = (
                     not agreed.ends_training and self._validation_is_due() and self._validate()
                 )
+                # A signal has made all ranks abandon the validation. They stop at this step: the
+                # continued run repeats only the validation of the step at which it starts.
+                if not agreed.ends_training and self._validation_is_due():
+                    break
                 if (
                     is_best
                     or agreed.kind == RequestKind.SAVE

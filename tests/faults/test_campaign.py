@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from benchmarks import faults
 from benchmarks.fault_families import FAMILIES
-from benchmarks.fault_lives import STEPS, Outcome, World
+from benchmarks.fault_lives import STEPS, Outcome, Run, World
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,17 @@ def test_a_fault_costs_little_and_changes_nothing(world: World, family: str, see
     assert outcome.holds, outcome
     assert outcome.reported
     assert outcome.lost_steps <= STEPS
+
+
+def test_an_abandoned_validation_is_made_up_for(world: World) -> None:
+    """The run stops at the step of the validation; it used to train one more and skip it."""
+    run = Run(world, "abandoned")
+    life = run.start(calls={"train.py": [["in_validation", 2, "send", signal.SIGTERM]]})
+    assert life.join() == 128 + signal.SIGTERM
+    assert run.steps()[-1] == 16
+    outcome = run.conclude(Outcome("SIGTERM", "in the validation of step 16"))
+    assert outcome.holds, outcome
+    assert (outcome.resumed_at, outcome.lost_steps) == (16, 0)
 
 
 def test_a_campaign_continues_where_it_stopped(
