@@ -79,9 +79,9 @@ def flush(path: str | os.PathLike[str]) -> None:
 def private_dir(path: Path) -> Path:
     """Make `path` a folder of this user that nobody else can enter (mode 0700); return it.
 
-    Missing parents are made with the usual mode. Raises `UserError` if `path` is a link, no folder,
-    or belongs to somebody else: in a place where others may write, such as /tmp, they could have
-    made it first, to read or replace what is stored there.
+    Missing parents are made with the usual mode. Raises `UserError` if `path` is a link, is not
+    a folder, or belongs to another user, who could have made it first (in a place where others may
+    write, such as /tmp) to read or replace what is stored there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):

@@ -51,9 +51,10 @@ class Options:
     """Write an HTML page about the contents of a dataset.
 
     It shows numbers by source, histograms of the quality gates with their thresholds, random crops,
-    the softest and flattest crops that were kept, how evenly photographs and films are represented,
-    what was rejected and why, and what the training and validation lists contain. The page is a
-    single file with embedded pictures; it needs neither network nor JavaScript, and can be mailed.
+    the softest and flattest crops that were kept, how evenly photographs and videos are
+    represented, what was rejected and why, and what the training and validation lists contain. The
+    page is a single file with embedded pictures; it needs neither network nor JavaScript, and can
+    be mailed.
     Images in no manifest are measured now, --samples of them. The dataset is not changed.
 
     Example: python tools/dataset_report.py --data-dir ~/dataset --out report.html

@@ -58,13 +58,13 @@ def main(options: Options) -> int:
     sources = _sources(options.folder.expanduser())
     todo = [path for path in sources if not path.with_suffix(".mp4").exists()]
     outcomes = []
-    with quiet_libraries(), progress(len(todo), "film") as bar:
+    with quiet_libraries(), progress(len(todo), "video") as bar:
         for outcome in ordered_map(_remux_one, todo, thread_count(options.threads)):
             outcomes.append(outcome)
             bar.update()
     failed = [outcome for outcome in outcomes if outcome.problem]
     print(
-        f"{counted(len(todo) - len(failed), 'film')} written as .mp4; already there: "
+        f"{counted(len(todo) - len(failed), 'video')} written as .mp4; already there: "
         f"{len(sources) - len(todo)}; skipped: {len(failed)}"
     )
     for outcome in outcomes:

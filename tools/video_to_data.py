@@ -1,4 +1,4 @@
-"""Cut the frames of films into training crops, straight from the video files."""
+"""Cut the frames of videos into training crops, straight from the files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MAX_CODEC_THREADS = 16  # more bring no gain
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CropOptions):
-    """Cut the frames of films into training crops of one size.
+    """Cut the frames of videos into training crops of one size.
 
     Videos (MP4, MOV, MKV, WebM, AVI, MPEG and others that FFmpeg reads) are decoded straight from
     their files, in segments on several threads; only crops are written:
@@ -92,7 +92,7 @@ class Options(CropOptions):
         if not 1 <= self.segment_time <= 86400:
             raise UserError(
                 f"--segment-time {self.segment_time:g}: must be 1 to 86400 seconds; 120 suits most "
-                "films"
+                "videos"
             )
         if not 0 <= self.min_change <= 255:
             raise UserError(

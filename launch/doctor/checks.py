@@ -466,8 +466,8 @@ def _troubles(gpu: Gpu) -> Iterator[str]:
         )
     if gpu.get("mig.mode.current") == "Enabled":
         yield (
-            "is split into MIG devices, of which a rank sees one; run `nvidia-smi -mig 0` as root "
-            "to disable MIG"
+            "is split into MIG devices, and a rank can use only one of them; run "
+            "`nvidia-smi -mig 0` as root to disable MIG"
         )
 
 

@@ -71,8 +71,8 @@ def batches(
             # A pipeline that raised is unusable; a new one starts with the same micro-batch.
             pipeline = None
             ahead = range(index, index + prefetch + 1)
-            # A file that no decoder accepts is the usual reason. Only if there is none is the GPU's
-            # decoder suspected, which rejects some files that the CPU's accepts.
+            # The usual reason is a file that no decoder accepts. If there is none, the GPU's
+            # decoder is suspected, which rejects some files that the CPU's accepts.
             if _reject_undecodable(source, ahead):
                 continue
             message = (

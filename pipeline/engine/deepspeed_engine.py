@@ -82,7 +82,7 @@ class DeepSpeedEngine:
                     parameter for parameter in module.parameters() if parameter.requires_grad
                 ]
             inner.allreduce_and_copy = partial(_reduce, inner)
-        # In FP32 with ZeRO stage 0, DeepSpeed would write NaN into weights and moments for good.
+        # In FP32 with ZeRO stage 0, DeepSpeed would write NaN into weights and moments.
         if not inner.zero_optimization() and isinstance(inner.optimizer, torch.optim.Optimizer):
             if not inner.optimizer.defaults.get("fused"):
                 raise UserError(

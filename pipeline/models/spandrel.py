@@ -341,7 +341,7 @@ def _large(fresh: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -> None:
-    """Raise `ValueError` unless `network` and spandrel's `found` upscale an image alike.
+    """Raise `ValueError` unless `network` and spandrel's `found` give the same result.
 
     `found` is what spandrel reads from the network's tensors. `scale` is the upscaling factor,
     `size` the image's (height, width) in pixels; the network must be in eval mode.

@@ -343,7 +343,7 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
     }
     result = run_tool("mkv_to_mp4", folder)
     assert result.returncode == 1
-    assert "2 films written as .mp4; already there: 1; skipped: 2" in result.stdout
+    assert "2 videos written as .mp4; already there: 1; skipped: 2" in result.stdout
     assert "MP4 does not support its video codec, vp8" in result.stdout
     assert "cut.mkv: truncated: " in result.stdout
     assert "a.mkv: dropped: subtitle" in result.stdout
@@ -357,7 +357,7 @@ def test_mkv_to_mp4_copies_bit_by_bit(tmp_path: Path) -> None:
         assert [stream.type for stream in container.streams] == ["video", "audio"]
     stamps = stamped_tree(folder)
     again = run_tool("mkv_to_mp4", folder)
-    assert "0 films written as .mp4; already there: 3; skipped: 2" in again.stdout
+    assert "0 videos written as .mp4; already there: 3; skipped: 2" in again.stdout
     assert stamped_tree(folder) == stamps
     assert_user_error(run_tool("mkv_to_mp4", tmp_path / "none"), "no such folder or file")
     assert_user_error(run_tool("mkv_to_mp4", folder / "a.mp4"), "not an .mkv file")

@@ -53,7 +53,7 @@ class CropSettings:
 
 
 class Unit(NamedTuple):
-    """What is cut, and resumed, as a whole: a photo, an archive member, a segment of a film."""
+    """What is cut, and resumed, as a whole: a photo, an archive member, a segment of a video."""
 
     folder: str  # folder of its crops, relative to OUT; no other unit shares it
     photo: str  # the training/validation split is made by this name

@@ -232,7 +232,8 @@ class CropDataset:
     def forget(self, photo: str) -> None:
         """Delete the crops of units that a changed source no longer contains.
 
-        `photo` is a film, or an archive with all its members, that was read to its end in this run.
+        `photo` is a video, or an archive with all its members, that was read to the end in this
+        run.
         """
         for folder, records in list(self._stale.items()):
             if f"{records[0].photo}/".startswith(f"{photo}/"):

@@ -22,7 +22,7 @@ class CropRecord:
     """One crop. Paths are POSIX paths: `path` and `lr` relative to the manifest's folder."""
 
     path: str
-    # The source it was cut from (a photo, a film...); training and validation are split by it.
+    # The source it was cut from (a photo, a video...); training and validation are split by it.
     photo: str
     scale: int  # the picture was reduced by this factor before cropping: 1, 2, 4...
     top: int  # top-left corner, in pixels of the reduced picture

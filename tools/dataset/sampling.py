@@ -107,7 +107,7 @@ class HashSample(Generic[Item]):
 class LowestOfGroups(Generic[Item]):
     """The items with the lowest values, at most one per group.
 
-    Grouping prevents one soft film from filling the page.
+    Grouping prevents one soft video from filling the page.
     """
 
     def __init__(self, size: int) -> None:

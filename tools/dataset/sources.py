@@ -42,9 +42,9 @@ SIZES_LOOKED_AT = 16  # files whose headers are read in a folder without a manif
 
 @dataclass
 class PhotoCounts:
-    """Numbers of photographs and films in one source."""
+    """Numbers of photographs and videos in one source."""
 
-    photographs: int = 0  # including films
+    photographs: int = 0  # including videos
     films: int = 0
     training: int = 0  # photographs with a crop in the list
     validation: int = 0
@@ -246,7 +246,7 @@ class PhotoRuns:
     def __init__(self) -> None:
         self._photo: str | None = None
         self._keys, self._places, self._counts = array("Q"), array("Q"), array("L")
-        self._flags = array("B")  # bits: 1 film; 2 in the training list; 4 in the validation list
+        self._flags = array("B")  # bits: 1 video; 2 in the training list; 4 in the validation list
 
     def add(
         self, photo: str, is_film: bool, in_training: bool, in_validation: bool, offset: int

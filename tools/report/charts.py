@@ -152,7 +152,7 @@ def photos_chart(by_size: Mapping[int, int]) -> Chart:
     summary = f"{sum(by_size.values()):,} photographs; most gave {usual}."
     return _chart(
         "Crops per photograph",
-        "crops per photograph or film (log scale)",
+        "crops per photograph or video (log scale)",
         bars,
         ticks,
         None,

@@ -102,7 +102,7 @@ def _head(statistics: Statistics) -> dict[str, object]:
     numbers = [
         _fact("Sources", f"{len(sources):,}"),
         _fact("Photographs", f"{photographs:,}"),
-        _fact("Films", f"{films:,}"),
+        _fact("Videos", f"{films:,}"),
         _fact("Crops", f"{crops:,}", f"and {lr_images:,} LR sides" if lr_images else ""),
         _fact("Images in no manifest", f"{plain:,}"),
         _fact(
@@ -145,7 +145,7 @@ def _fact(name: str, value: str, more: str = "", is_code: bool = False) -> dict[
 
 
 def _imbalance(statistics: Statistics) -> list[str]:
-    """Photographs and films that training would see far more often than others."""
+    """Photographs and videos that training would see far more often than others."""
     crops, photographs = (
         total(statistics.recorded, "images"),
         total(statistics.recorded, "photographs"),
@@ -294,7 +294,7 @@ def _charts(histograms: dict[str, Histogram]) -> list[dict[str, object]]:
 
 
 def _photos(statistics: Statistics) -> dict[str, object]:
-    """How evenly the crops are spread over photographs and films."""
+    """How evenly the crops are spread over photographs and videos."""
     by_size: dict[int, int] = {}
     for source in statistics.recorded:
         for exponent, count in source.photos.by_size.items():

@@ -1,4 +1,4 @@
-"""Choose the frames of a film to store: drawn at random, without duplicates, blanks or cross-fades.
+"""Choose the frames of a video to store: random ones, without duplicates, blanks or cross-fades.
 
 All decisions are made on luma thumbnails of 64x36 bytes, so examining every frame costs only a few
 percent of decoding it.
@@ -106,7 +106,7 @@ class FrameChooser(Generic[Item]):
     """Takes the frames of a segment in order; yields those to store, `BLEND_REACH` frames later."""
 
     def __init__(self, sampling: Sampling, key: str, is_beginning: bool) -> None:
-        """`key` seeds the draws; at the beginning of a film, the first frame is a candidate."""
+        """`key` seeds the draws; at the beginning of a video, the first frame is a candidate."""
         self._sampling = sampling
         self._draws = _draws(key)
         self._next = 0 if is_beginning else next(self._draws) % sampling.frame_interval
