@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import io
 import os
 import re
@@ -33,6 +34,25 @@ class RunError(Exception):
 
     Its message says what happened and what to do, in one line.
     """
+
+
+DISK_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,  # a limit on the size of files
+        errno.EROFS,
+        errno.EIO,
+        errno.ESTALE,  # a network disk that has gone
+    }
+)
+
+
+def disk_error(error: OSError) -> str:
+    """Format one of `DISK_ERRORS`: what the system says, the path, and the way out."""
+    way_out = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk"
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror}{where}; {way_out} and start the same command again"
 
 
 def one_line(error: Exception) -> str:
@@ -73,10 +93,10 @@ def run(
     """Parse the command line into `options` (a dataclass), call `main(options)` and exit.
 
     Exit status: what `main` returns (`None` is 0); 2 with one line on stderr for a `UserError` or
-    an argument that does not parse; 1 with one line for a `RunError`, and with a traceback for
-    bugs; 130 after CTRL+C. If the reader of stdout goes away (`command | head`), the work continues
-    to its end and its own status; with `ends_with_reader`, for commands that do nothing but print,
-    it ends with status 0.
+    an argument that does not parse; 1 with one line for a `RunError` or a full or broken disk, and
+    with a traceback for bugs; 130 after CTRL+C. If the reader of stdout goes away (`command |
+    head`), the work continues to its end and its own status; with `ends_with_reader`, for commands
+    that do nothing but print, it ends with status 0.
     """
     with _stdout_outliving_its_reader(ends_with_reader):
         status = exit_status(lambda: main(_parse(options, arguments)))
@@ -93,6 +113,12 @@ def exit_status(action: Callable[[], int | None]) -> int:
         status = 2
     except RunError as failure:
         _tell(f"error: {failure}")
+        status = 1
+    except OSError as error:
+        # Any write may meet a full or broken disk; everything else is a bug.
+        if error.errno not in DISK_ERRORS:
+            raise
+        _tell(f"error: {disk_error(error)}")
         status = 1
     except KeyboardInterrupt:
         _tell("stopped")

@@ -61,8 +61,11 @@ def write_pieces_atomically(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writing to an open file does not name it
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)  # the rename is stored in the folder
 
@@ -74,6 +77,68 @@ def flush(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class AppendFile:
+    """A file that whole records are appended to, such as lines of a log.
+
+    It is opened at the first `write` and written at once. If a record does not fit on a full disk,
+    the part that was written is removed again, and later records can follow when there is space.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0  # of the file, in bytes, after the last `write`
+        self._descriptor: int | None = None
+
+    def write(self, record: bytes) -> None:
+        """Append all of `record`, or nothing and raise `OSError`."""
+        try:
+            if self._descriptor is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            before = os.fstat(self._descriptor).st_size
+            try:
+                write_all(self._descriptor, record)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, before)
+                raise
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+        self.size = before + len(record)
+
+    def flush(self) -> None:
+        """Do nothing: `write` has written everything."""
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write all of `content` to an open file; a single call of the system may write a part."""
+    rest = memoryview(content).cast("B")
+    while len(rest):
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def reason(error: OSError, place: str | os.PathLike[str] = "") -> str:
+    """Return what the system says about `error`, with the path: its own, or else `place`."""
+    text = error.strerror or str(error) or type(error).__name__
+    where = place if error.filename is None else error.filename
+    return f"{text}: {os.fspath(where)}" if where else text
+
+
+def size_text(size: int) -> str:
+    """Format bytes as `12.3 MB`, with a unit that suits the number."""
+    unit, name = next(
+        (pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= pair[0]), (1, "bytes")
+    )
+    return f"{size / unit:.{int(unit > 1)}f} {name}"
 
 
 def private_dir(path: Path) -> Path:

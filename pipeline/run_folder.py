@@ -101,6 +101,12 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return [folder.step for folder in folders if not folder.prefix and folder.has_index]
 
 
+def checkpoint_size(run_dir: Path, step: int) -> int:
+    """Return the bytes of all files of a checkpoint."""
+    files = checkpoint_dir(run_dir, step).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
     """Whether the newest checkpoint is at the last step or used up `patience` (0: unlimited)."""
     steps = checkpoint_steps(run_dir)

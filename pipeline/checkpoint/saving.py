@@ -20,14 +20,17 @@ leave a save uncommitted if a run ends between two of those steps.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,13 +53,15 @@ from pipeline.checkpoint.snapshot import Frozen, HostMemory, Snapshot
 from pipeline.checkpoint.transfer import collect, private_folder
 from pipeline.checkpoint_index import damage, describe, write_index
 from pipeline.distributed.ranks import Ranks
-from pipeline.files import flush
+from pipeline.files import flush, reason, size_text, write_all
 from pipeline.models.weights import SavedNetwork, write_network
 from pipeline.run_folder import (
     GENERATOR_EMA_FILE,
     GENERATOR_FILE,
     STATE_FILE,
     checkpoint_dir,
+    checkpoint_size,
+    checkpoint_steps,
 )
 
 Result = TypeVar("Result")
@@ -78,6 +83,15 @@ class _Moment:
     networks: Mapping[str, Frozen]  # generator weights by file; empty on all ranks but the first
     random: Mapping[str, Any]
     ema_updates: int
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint is written, and how many of the newest are kept there."""
+
+    run_dir: Path
+    contents: Contents  # with this rank's view of that folder
+    keep: int
 
 
 class Saver:
@@ -114,14 +128,17 @@ class Saver:
         """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: Progress, spill: Path | None = None) -> None:
         """Copy the present state and start writing it as the checkpoint of `progress.step`.
 
-        Call `wait` first: there is one save at a time. Does nothing if the disk already holds all
-        of `progress`. Raises `SaveError` on every rank if a host has no memory for the copy.
+        It is written to the run folder, or to `spill` instead, where only the newest is kept. Call
+        `wait` first: there is one save at a time. Does nothing if the disk already holds all of
+        `progress`. Raises `SaveError` on every rank if a host has no memory for the copy, or if
+        `spill` cannot be made.
         """
         assert self._thread is None, "wait() must be called before the next save"
-        final = checkpoint_dir(self._run_dir, progress.step)
+        place = self._place(spill, progress.step)
+        final = checkpoint_dir(place.run_dir, progress.step)
         # Only the first rank looks. The others may not see the folder, or not yet, and all must
         # decide the same: a rank that returned alone would leave the others waiting.
         if self._ranks.agree(self._ranks.is_first and _is_saved(final, progress)):
@@ -135,11 +152,27 @@ class Saver:
         moment = self._capture(progress)
         # A host that has no memory for the copy fails the save on all ranks here, before any of
         # them starts a thread that would wait for it.
-        _attempt_on_all_ranks(moment.snapshot.copy, self._ranks, progress.step)
+        _attempt_on_all_ranks(moment.snapshot.copy, self._ranks, progress.step, "")
         self._thread = threading.Thread(
-            target=self._write, args=(moment,), name="checkpoint", daemon=True
+            target=self._write, args=(moment, place), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _place(self, spill: Path | None, step: int) -> _Place:
+        if spill is None:
+            return _Place(self._run_dir, self._contents, self._keep)
+
+        def make() -> None:
+            if self._ranks.is_first:
+                spill.mkdir(parents=True, exist_ok=True)
+                # `sees_folder` makes a file there, too, but ends the run if it cannot.
+                (mark := spill / f".vastscale-{os.getpid()}").touch()
+                mark.unlink()
+
+        _attempt_on_all_ranks(make, self._ranks, step, spill)
+        # Other hosts may see the run folder and not this one, or the other way round.
+        sees = self._ranks.sees_folder(spill)
+        return _Place(spill, replace(self._contents, sees_run_dir=sees), keep=1)
 
     def wait(self) -> SaveError | None:
         """Wait for the save in progress, if any.
@@ -199,34 +232,37 @@ class Saver:
             contents.ema.num_updates,
         )
 
-    def _write(self, moment: _Moment) -> None:
+    def _write(self, moment: _Moment, place: _Place) -> None:
         try:
             moment.snapshot.wait()
-            self._write_together(moment)
+            self._write_together(moment, place)
         except BaseException as error:
             # `poll` raises it in the training thread. In this thread it would go unnoticed.
             self._failure = error
 
-    def _write_together(self, moment: _Moment) -> None:
+    def _write_together(self, moment: _Moment, place: _Place) -> None:
         """Commit the checkpoint of `moment`; the threads of all ranks do it together.
 
         Raises `SaveError` on every rank, after removing the unfinished folder, if any rank could
         not write.
         """
-        writers, contents, step = self._writers, self._contents, moment.progress.step
-        final = checkpoint_dir(self._run_dir, step)
+        writers, contents, step = self._writers, place.contents, moment.progress.step
+        final = checkpoint_dir(place.run_dir, step)
         aside = final.with_name(f".tmp-{final.name}")
+        # What all ranks write into this folder, including those that send it from other hosts.
+        needed = sum(writers.gather(moment.snapshot.size))
         try:
             # Each of the following steps ends with an agreement: if one rank fails, all raise. A
             # rank that gave up alone would leave the others waiting for its files.
             with ExitStack() as stack:
                 own = _attempt_on_all_ranks(
-                    lambda: _make_folders(aside, contents, writers, stack, self._notes),
+                    lambda: _make_folders(aside, contents, writers, stack, needed, self._notes),
                     writers,
                     step,
+                    final.parent,
                 )
                 _attempt_on_all_ranks(
-                    lambda: _write_own_files(own, moment, contents, writers), writers, step
+                    lambda: _write_own_files(own, moment, contents, writers), writers, step, own
                 )
                 _raise_if_any_failed(
                     collect(own, aside, contents.sees_run_dir, writers), writers, step
@@ -242,7 +278,9 @@ class Saver:
                 commit = partial(
                     _commit, aside, final, moment.progress, contents, writers, written, self._notes
                 )
-                _attempt_on_all_ranks(commit if writers.is_first else lambda: None, writers, step)
+                _attempt_on_all_ranks(
+                    commit if writers.is_first else lambda: None, writers, step, aside
+                )
         except SaveError:
             # All ranks have reached this point, so none writes into the folder any more.
             if writers.is_first:
@@ -252,7 +290,7 @@ class Saver:
         # not leave fewer than `keep`.
         if writers.is_first:
             self._notes += remove_replaced(final)
-            self._notes += prune(self._run_dir, self._keep, {moment.progress.best_step})
+            self._notes += prune(place.run_dir, place.keep, {moment.progress.best_step})
 
 
 def _reserve(snapshot: Snapshot) -> None:
@@ -261,18 +299,22 @@ def _reserve(snapshot: Snapshot) -> None:
         snapshot.reserve()
 
 
-def _attempt_on_all_ranks(action: Callable[[], Result], ranks: Ranks, step: int) -> Result:
+def _attempt_on_all_ranks(
+    action: Callable[[], Result], ranks: Ranks, step: int, place: Path | str
+) -> Result:
     """Run `action`, which must not wait for other ranks, on every rank.
 
-    Raises `SaveError` on all ranks if disk or memory failed on one.
+    Raises `SaveError` on all ranks if disk or memory failed on one; `place` is what it names if the
+    error does not name a file.
     """
     failure, result = "", None
     try:
         result = action()
-    except (OSError, RuntimeError, MemoryError) as error:
-        # A full disk, for which torch raises RuntimeError, or too little memory: any host may have
-        # these, and the run can go on without this checkpoint. Any other error is a bug and
-        # ends the run.
+    except OSError as error:
+        # A full disk, or too little memory: any host may have these, and the run can go on without
+        # this checkpoint. Any other error is a bug and ends the run.
+        failure = reason(error, place)
+    except (RuntimeError, MemoryError) as error:
         failure = str(error) or type(error).__name__
     _raise_if_any_failed(failure, ranks, step)
     return cast(Result, result)
@@ -294,13 +336,23 @@ def _is_saved(final: Path, progress: Progress) -> bool:
 
 
 def _make_folders(
-    aside: Path, contents: Contents, ranks: Ranks, stack: ExitStack, notes: deque[str]
+    aside: Path,
+    contents: Contents,
+    ranks: Ranks,
+    stack: ExitStack,
+    needed: int,
+    notes: deque[str],
 ) -> Path:
-    """Return the folder for this rank's files: `aside`, or a private one if it is not seen."""
+    """Return the folder for this rank's files: `aside`, or a private one if it is not seen.
+
+    Raises `OSError` if the disk has no space for `needed` bytes.
+    """
     if ranks.is_first:
         # No other save is in progress: the run folder is locked, and saves come one after the
         # other.
-        notes += [*tidy(aside.parents[1]), *begin_folder(aside)]
+        notes += tidy(aside.parents[1])
+        require_space(aside.parent, needed)
+        notes += begin_folder(aside)
     own = aside if contents.sees_run_dir else private_folder(stack)
     for name in contents.engines:
         # A folder that ranks share is made by the first. The agreement that follows makes the
@@ -308,6 +360,27 @@ def _make_folders(
         if ranks.is_first or not contents.sees_run_dir:
             (own / name).mkdir(parents=True)
     return own
+
+
+def require_space(checkpoints: Path, needed: int) -> None:
+    """Raise `OSError` (ENOSPC) if a checkpoint of `needed` bytes does not fit on the disk.
+
+    If the newest checkpoint in the folder is larger, its size counts: it includes what `needed`
+    does not, such as weights that are stored twice. Finding out beforehand leaves the remaining
+    space to the logs.
+    """
+    newest = checkpoint_steps(checkpoints.parent)[-1:]
+    needed = max([needed, *(checkpoint_size(checkpoints.parent, step) for step in newest)])
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(checkpoints)
+    # Some network disks do not say how large they are.
+    if disk.total and disk.free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: {checkpoints} has {size_text(disk.free)} free, a "
+            f"checkpoint needs {size_text(needed)}; {size_text(needed - disk.free)} are missing",
+            "",
+        )
 
 
 def _write_own_files(own: Path, moment: _Moment, contents: Contents, ranks: Ranks) -> None:
@@ -333,9 +406,33 @@ def _write_own_files(own: Path, moment: _Moment, contents: Contents, ranks: Rank
     (own / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
 
 
+class _File(io.FileIO):
+    """A file for torch.save that remembers why it could not be written.
+
+    torch reports a failed write as "unexpected pos 64 vs 0", whatever the reason.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            write_all(self.fileno(), content)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+        return memoryview(content).nbytes
+
+
 def _save(state: Any, path: Path) -> None:
-    torch.save(state, path)
-    flush(path)
+    with _File(path, "w") as file:
+        try:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            failure = file.failure or error
+            if isinstance(failure, OSError):
+                failure.filename = str(path)
+            raise failure from None
 
 
 def _names(folder: Path) -> set[str]:

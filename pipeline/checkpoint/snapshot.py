@@ -90,6 +90,7 @@ class Snapshot:
         self._room = torch.empty(0, dtype=torch.uint8)
         self._places: list[_CopiedTensor] = []  # where each tensor's copy is
         self._copied: torch.cuda.Event | None = None
+        self.size = 0  # of the copy, in bytes
 
     def add(self, state: Any) -> Frozen:
         """Record a structure of tensors and other picklable values.
@@ -124,6 +125,7 @@ class Snapshot:
         Raises `OSError` or `RuntimeError` if the host does not have enough memory.
         """
         sources, size, gpu = self._sources()
+        self.size = size
         # This is the memory of the previous snapshot, whose file must be complete: `Saver` waits
         # for it. An earlier copy would mix two steps in one file, whose hashes would still match.
         self._room = self._memory.room(size, is_pinned=gpu is not None)

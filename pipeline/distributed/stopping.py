@@ -52,6 +52,7 @@ class StopSignals:
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
         self.is_patient = False
+        self.count = 0  # of signals received, including repeats
         self._say = say
         self._noted = 0
         self._launcher = int(os.environ.get(LAUNCHER, 0))
@@ -62,13 +63,19 @@ class StopSignals:
 
         SIGTERM if the launcher is gone, since nobody could stop this process any more.
         """
-        if not self._noted and self._launcher:
-            try:
-                # Signal 0 only tests whether the process exists.
-                os.kill(self._launcher, 0)
-            except ProcessLookupError:
-                self._noted = signal.SIGTERM
+        if not self._noted and self.is_orphan:
+            self._noted = signal.SIGTERM
         return self._noted
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether this process had a launcher and it is gone."""
+        if self._launcher:
+            try:
+                os.kill(self._launcher, 0)  # signal 0 only tests whether the process exists
+            except ProcessLookupError:
+                return True
+        return False
 
     def __enter__(self) -> StopSignals:
         self._previous = {number: signal.signal(number, self._note) for number in stop_signals()}
@@ -85,6 +92,7 @@ class StopSignals:
             # An exception could interrupt compilation halfway.
             os._exit(128 + number)
         self._noted = self._noted or number
+        self.count += 1
 
 
 class Agreement:

@@ -11,9 +11,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 from pipeline.cli import say
+from pipeline.files import AppendFile
 from pipeline.installation import as_typed
 
 RUN_LOG_FILE = "run.log"
@@ -39,7 +39,7 @@ class Console:
         )
         self._line_open = False
         self._path: Path | None = None
-        self._file: TextIO | None = None
+        self._file: AppendFile | None = None
         self._waiting: list[str] = []
         self._is_broken = False
 
@@ -49,6 +49,7 @@ class Console:
             return
         self.close()
         self._path, self._is_broken = path, False
+        self._file = AppendFile(path)
         waiting, self._waiting = self._waiting, []
         self._write(*waiting)
 
@@ -92,8 +93,7 @@ class Console:
         """End the open line and close run.log; further lines wait for the next one."""
         self._end_line()
         if self._file:
-            with suppress(OSError):
-                self._file.close()
+            self._file.close()
         self._file = self._path = None
 
     def _rewrite(self, text: str) -> None:
@@ -108,25 +108,20 @@ class Console:
             self._line_open = False
 
     def _write(self, *lines: str) -> None:
-        if self._path is None:
+        if self._path is None or self._file is None:
             self._waiting += lines
             return
         try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-            self._file.write("".join(lines))
-            self._file.flush()
-            if self._file.tell() > MOST_BYTES:
+            self._file.write("".join(lines).encode(errors="backslashreplace"))
+            if self._file.size > MOST_BYTES:
                 self._file.close()
-                self._file = None
                 self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         except OSError as error:
             if not self._is_broken:
                 self._is_broken = True
                 self.say(
-                    f"warning: {self._path.name} cannot be written: {error}; training continues "
-                    "without it"
+                    f"warning: {self._path.name} cannot be written: {error}; training continues; "
+                    "what could not be written is missing"
                 )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import say
+from pipeline.files import AppendFile
 from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
 MOST_VALUES = 1_000_000
 """Larger distributions are represented by this many evenly spaced values; torch computes quantiles
 of at most 2^24."""
+_numbers = itertools.count()  # of the event files of this process
 
 
 class Tracker(Protocol):
@@ -46,17 +51,13 @@ class Journal:
         warn: Callable[[str], None] = say,
         tracker: Tracker | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        log_dir.mkdir(parents=True, exist_ok=True)
-        self._path = log_dir / LOG_FILE
-        _drop_after(self._path, step)
-        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._board = SummaryWriter(
-            str(log_dir / TENSORBOARD_DIR), purge_step=step + 1, flush_secs=30
-        )
         self._warn, self._tracker = warn, tracker
         self._broken: set[str] = set()
+        path = log_dir / LOG_FILE
+        with self.warn_on_error():
+            _drop_after(path, step)
+        self._lines = AppendFile(path)
+        self._board = _board(log_dir / TENSORBOARD_DIR, step)
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Write a JSON line, and a scalar `event/name` for every number."""
@@ -119,8 +120,7 @@ class Journal:
 
     def _line(self, line: Mapping[str, Any]) -> None:
         with self.warn_on_error():
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
+            self._lines.write(f"{json.dumps(line)}\n".encode())
 
     @contextmanager
     def warn_on_error(self, what: str = "the log") -> Iterator[None]:
@@ -130,14 +130,64 @@ class Journal:
         except OSError as error:
             if what not in self._broken:
                 self._warn(
-                    f"warning: {what} cannot be written: {error}; training continues without it"
+                    f"warning: {what} cannot be written: {error}; training continues; what could "
+                    "not be written is missing"
                 )
                 self._broken.add(what)
 
     def close(self) -> None:
         with suppress(OSError):
             self._board.close()
-            self._lines.close()
+        self._lines.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    """Return a SummaryWriter whose events are written at once, by the thread that logs them.
+
+    tensorboard's own writer leaves that to a thread, which prints a traceback on a full disk and
+    never writes again.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+    class EventFile:
+        def __init__(self) -> None:
+            host, process = socket.gethostname(), os.getpid()
+            name = f"events.out.tfevents.{time.time():010.0f}.{host}.{process}.{next(_numbers)}"
+            self._file = AppendFile(folder / name)
+            self._records = RecordWriter(self._file)
+            # What lost work has logged after `step` is hidden by the second and the third.
+            self._first = [
+                Event(file_version="brain.Event:2"),
+                Event(file_version="brain.Event:2", step=step + 1),
+                Event(session_log=SessionLog(status=SessionLog.START), step=step + 1),
+            ]
+
+        def add_event(self, event: Event) -> None:
+            while self._first:
+                self._first[0].wall_time = time.time()
+                self._records.write(self._first[0].SerializeToString())
+                del self._first[0]
+            self._records.write(event.SerializeToString())
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            self._file.close()
+
+    class Writer(FileWriter):
+        def __init__(self) -> None:
+            self.event_writer = EventFile()
+
+    class Board(SummaryWriter):
+        def _get_file_writer(self) -> FileWriter:
+            if self.file_writer is None:
+                self.file_writer = Writer()
+                self.all_writers = {self.log_dir: self.file_writer}
+            return self.file_writer
+
+    return Board(str(folder))
 
 
 def _some(values: Tensor) -> Tensor:

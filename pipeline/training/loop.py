@@ -6,9 +6,11 @@ import contextlib
 import math
 import time
 from collections import deque
+from pathlib import Path
 
 from torch import Tensor
 
+from pipeline.checkpoint import spill
 from pipeline.checkpoint.saving import SaveError, Saver
 from pipeline.cli import RunError
 from pipeline.data.loader import Loader
@@ -28,6 +30,8 @@ from pipeline.training.saved_run import nothing_left
 from pipeline.training.setup import Run
 from pipeline.training.validation import is_better
 
+RETRY_SECONDS = 5  # between two tries of a run's last save
+
 
 class Training:
     """The training loop of one run (one stage). `reporter` is None on all ranks but the first."""
@@ -45,6 +49,7 @@ class Training:
         self.loader: Loader | None = None
         self.last_save = time.perf_counter()
         self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
+        self._spill, self._spilled = self._spill_folder(), ""
         self._watchdog = Watchdog(self.plan.watchdog_minutes * 60)
         # Four, so that the length is 3 only once, which is when `_log_eta` reports. The first step,
         # which may compile, ends where the first of the two measured intervals begins.
@@ -164,6 +169,8 @@ class Training:
         self._report_skips()
         if agreed.kind == RequestKind.FAIL:
             self._raise_failure(loader)
+        if self._spilled:
+            raise RunError(self._spilled)
         if not self._is_finished():
             # If no request was agreed on, the signal arrived during the last validation.
             signal = agreed.signal or max(self.ranks.gather(self.signals.received))
@@ -357,12 +364,88 @@ class Training:
             failure = error
         # A later save could make up for a failed one, except at the end of the run.
         if failure and must:
+            failure = self._retry_last_save(failure)
+        if failure and must:
             raise RunError(
                 f"{failure}; the previous checkpoint in {self.plan.run_dir} is intact"
             ) from failure
         self._warn_about(failure)
         self.last_save = time.perf_counter()
         self._watchdog.feed(only_if_armed=True)
+
+    def _spill_folder(self) -> Path | None:
+        """Return the run's folder below --spill-dir; all ranks call it together."""
+        run_dir, given = self.plan.run_dir, self.plan.spill_dir
+        if given is None:
+            return None
+        return self.ranks.agree(
+            self.ranks.on_all_ranks(
+                lambda: spill.prepare(run_dir, given) if self.ranks.is_first else None
+            )
+        )
+
+    def _retry_last_save(self, failure: SaveError) -> SaveError | None:
+        """Spill the last checkpoint, or wait until it can be written or a signal ends the wait.
+
+        Returns the failure if it was not written. All ranks call it together: the ranks have to
+        agree on each try and on its end.
+        """
+        if self._spill and self._spilled_to(self._spill, failure):
+            return None
+        self.console.say(
+            f"warning: {failure}; all steps since the previous checkpoint would be lost, so this "
+            f"run waits and tries again every {RETRY_SECONDS} s: free space or repair the disk; "
+            "CTRL+C ends the run without this checkpoint"
+        )
+        began = last = time.monotonic()
+        signals, reports = self.signals.count, 1.0
+        while True:
+            seconds = time.monotonic() - began
+            self.console.show_status(f"waiting for space for {duration(seconds)}; CTRL+C ends it")
+            if seconds > 60 * reports:
+                self.console.say(f"still waiting, for {duration(seconds)}: {failure}")
+                reports *= 2
+            self._watchdog.feed(only_if_armed=True)
+            time.sleep(0.5)
+            # A launcher that is gone can pass on no CTRL+C.
+            is_ended = self.signals.count > signals or self.signals.is_orphan
+            if any(self.ranks.gather(is_ended)):
+                return failure
+            # Only the first rank's clock counts.
+            if not self.ranks.agree(time.monotonic() - last >= RETRY_SECONDS):
+                continue
+            last = time.monotonic()
+            try:
+                self._saver.begin(self.progress)
+                again = self._saver.wait()
+            except SaveError as error:
+                again = error
+            if again is None:
+                self.console.say(
+                    f"the checkpoint of step {self.progress.step} is written, after waiting "
+                    f"{duration(time.monotonic() - began)}"
+                )
+                return None
+            failure = again
+
+    def _spilled_to(self, folder: Path, failure: SaveError) -> bool:
+        """Write the last checkpoint to the spill folder; return whether that succeeded."""
+        try:
+            self._saver.begin(self.progress, folder)
+            second = self._saver.wait()
+        except SaveError as error:
+            second = error
+        if second:
+            self.console.say(f"warning: --spill-dir: {second}")
+            return False
+        if self.ranks.is_first:
+            spill.record_spilled(self.plan.run_dir, folder, self.progress.step)
+        self._spilled = (
+            f"{failure}. The checkpoint is in {folder}, and nothing is lost: free space in "
+            f"{self.plan.run_dir} and start the same command again without --reset, which moves it "
+            "there"
+        )
+        return True
 
     def _warn_about(self, failure: SaveError | None) -> None:
         for note in self._saver.notes():

@@ -65,6 +65,9 @@ class TrainOptions:
     """The run folder: checkpoints, recipe, log. Default: runs/<recipe> in the current folder."""
     log_dir: Path | None = None
     """Folder for log.jsonl, run.log, tensorboard/ and samples/. Default: the run folder."""
+    spill_dir: Path | None = None
+    """Folder on another disk for the last checkpoint if the run folder's disk is full. The same
+    command moves it back when there is space. Default: wait for space."""
     wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
     """Also log to this Weights & Biases project; offline if it cannot be reached. Needs `pip
     install wandb`."""
@@ -108,6 +111,7 @@ class TrainPlan:
     runtime: str = "deepspeed"  # or accelerate
     watchdog_minutes: float = 10
     wandb: str | None = None  # a Weights & Biases project
+    spill_dir: Path | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -252,6 +256,7 @@ def _stage_plan(
         runtime,
         options.watchdog_minutes,
         options.wandb,
+        options.spill_dir,
     )
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.cli import RunError, UserError
+from pipeline.cli import DISK_ERRORS, RunError, UserError, disk_error
 from pipeline.distributed.launcher import GUARDED
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
@@ -178,6 +178,8 @@ def _exit_at_once(error: BaseException, ranks: Ranks) -> NoReturn:
         status = 2 if isinstance(error, UserError) else 1
         if ranks.is_first or GUARDED in os.environ or isinstance(error, MemoryShortageError):
             print(as_typed(f"error: {error}"), file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        print(as_typed(f"error: {disk_error(error)}"), file=sys.stderr)
     else:
         traceback.print_exception(error)
     for stream in (sys.stdout, sys.stderr):

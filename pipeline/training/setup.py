@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.checkpoint import checkpoint, transfer
+from pipeline.checkpoint import checkpoint, spill, transfer
 from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.checkpoint_index import read_index
@@ -197,6 +197,7 @@ def _find_run(
     """Find the run on disk; raise `UserError` if it is a different one."""
     identity = {**plan.identity, "precision": precision}
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
+    ranks.on_all_ranks(lambda: spill.bring_back(plan.run_dir, say) if ranks.is_first else None)
     step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
     began = newest = ranks.agree(newest_of_previous(plan))
     if step is not None:

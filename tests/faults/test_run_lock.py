@@ -4,16 +4,14 @@ block."""
 from __future__ import annotations
 
 import os
-import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import warm
 from conftest import command, run
+from mounts import mounted, small_disk
 from pipeline import run_folder
 from pipeline.cli import UserError
 from pipeline.run_folder import (
@@ -26,18 +24,6 @@ from pipeline.run_folder import (
     refuse_if_in_use,
     run_lock,
 )
-
-
-@contextmanager
-def mounted(*arguments: object) -> Iterator[None]:
-    """Mount, or skip the test where that is not permitted."""
-    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(arguments[-1])], check=True)
 
 
 def is_free(run_dir: Path) -> bool:
@@ -184,8 +170,7 @@ def test_the_lock_stays_when_the_run_is_moved(tmp_path: Path) -> None:
 
 
 def test_a_mount_point_is_emptied_instead_of_moved(tmp_path: Path) -> None:
-    (run_dir := tmp_path / "run").mkdir()
-    with mounted("-t", "tmpfs", "-o", "size=1m", "none", run_dir):
+    with small_disk(tmp_path / "run") as run_dir:
         for number in range(2):
             make_run(run_dir)
             with run_lock(run_dir, print):

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from comparison import logged
 from conftest import command, run
+from pipeline.files import AppendFile
 from pipeline.monitor.journal import Journal, duration
 from pipeline.training.meter import Reading
 
@@ -80,14 +81,13 @@ def test_a_log_that_cannot_be_written_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = Journal(tmp_path, 0)
-    journal._lines.close()
-    journal._lines = open("/dev/full", "w")  # noqa: SIM115 (the journal closes it)
+    journal._lines = AppendFile(Path("/dev/full"))
     for step in range(3):
         journal.log("train", step, {"loss": 0.5})
     journal.picture(1, "a/b", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     assert (
         capsys.readouterr().out.count(
-            "warning: the log cannot be written: [Errno 28] No space left on device"
+            "warning: the log cannot be written: [Errno 28] No space left on device: '/dev/full'"
         )
         == 1
     )
