@@ -22,6 +22,10 @@ from pipeline.installation import as_typed
 Options = TypeVar("Options")
 
 
+LONGEST_MESSAGE = 2000
+"""Characters of an error message; a file may contain a line of millions."""
+
+
 class UserError(ValueError):
     """An error that the user can fix.
 
@@ -109,10 +113,10 @@ def exit_status(action: Callable[[], int | None]) -> int:
         status = action() or 0
         sys.stdout.flush()
     except UserError as error:
-        _tell(f"error: {error}")
+        _tell(f"error: {_shortened(str(error))}")
         status = 2
     except RunError as failure:
-        _tell(f"error: {failure}")
+        _tell(f"error: {_shortened(str(failure))}")
         status = 1
     except OSError as error:
         # Any write may meet a full or broken disk; everything else is a bug.
@@ -124,6 +128,14 @@ def exit_status(action: Callable[[], int | None]) -> int:
         _tell("stopped")
         status = 130
     return status
+
+
+def _shortened(message: str) -> str:
+    """Return a message without the middle of what it quotes, if that would fill the screen."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    return f"{message[:half]} … {message[-half:]}"
 
 
 class _Stdout(io.FileIO):

@@ -1,4 +1,4 @@
-"""Atomic writes, private folders, paths for messages, and which files are videos.
+"""Atomic writes, foreign files, private folders, paths for messages, and which files are videos.
 
 Imports no torch.
 """
@@ -6,10 +6,13 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from pipeline.cli import UserError
 
@@ -170,6 +173,39 @@ def private_dir(path: Path) -> Path:
     finally:
         os.close(descriptor)
     return path
+
+
+def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises `OSError`, also for what is not a regular file: reading a named pipe could wait forever.
+    """
+    # O_NONBLOCK: opening a named pipe must not block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a file; raises the errors of `open_regular_file`."""
+    with open_regular_file(path) as file:
+        return file.read()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; raises `ValueError` for everything else, whatever the bytes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def short_path(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pipeline.cli import UserError, nearest
 from pipeline.config.recipe import assign, changes, flat
 from pipeline.distributed.launcher import is_from_accelerate
+from pipeline.files import parse_json, read_regular_file
 
 Runtime = Literal["auto", "deepspeed", "accelerate"]
 DEEPSPEED_FP16_KEYS = (
@@ -93,6 +94,7 @@ DS_SECTION_KEYS = {
 }
 """Keys of the sections in which DeepSpeed would ignore misspelt ones."""
 
+LARGEST_NUMBER = 1e300
 _ADAM = (
     "lr",
     "betas",
@@ -225,13 +227,19 @@ def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> di
     Raises `UserError`.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_regular_file(path))
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; name DeepSpeed's file with --ds-config"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: line {error.lineno}: {error.msg}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f'{path} must be a table of keys and values, such as {{"train_batch_size": 16, …}}'
+        )
     for key, value in (overrides or {}).items():
         assign(config, key, value)
     _check_ds_config(config, path)
@@ -241,7 +249,18 @@ def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> di
     return config
 
 
+def _check_numbers(value: Any, key: str, path: Path) -> None:
+    """Raise `UserError` for a number that is not finite; JSON's 1e400 is infinite in Python."""
+    if isinstance(value, (dict, list)):
+        named = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in named:
+            _check_numbers(inner, f"{key}.{name}" if key else str(name), path)
+    elif isinstance(value, (int, float)) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise UserError(f"{path}: {key} must be a finite number of at most 1e300")
+
+
 def _check_ds_config(config: dict[str, Any], path: Path) -> None:
+    _check_numbers(config, "", path)
     for key in config:
         if key not in DS_KEYS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")

@@ -28,7 +28,7 @@ from pipeline.cli import UserError, nearest
 from pipeline.config import names
 from pipeline.config.specs import AdversarialSpec, NetworkSpec, PreviewsSpec
 from pipeline.data.spec import DataSpec
-from pipeline.files import write_atomically
+from pipeline.files import read_regular_file, write_atomically
 from pipeline.installation import find_file, recipe_names
 from pipeline.metrics import metric_of
 from pipeline.spec import Number, Spec
@@ -65,8 +65,61 @@ RESERVED_FOLDERS = ("checkpoints", "file_lists", "samples", "tensorboard", "wand
 """Folders that every run folder contains, so a stage cannot have one of these names."""
 
 
+MAX_YAML_BYTES = 1 << 18
+MAX_YAML_VALUES = 10_000
+MAX_YAML_DEPTH = 50
+MAX_YAML_NUMBER = 10**300
+"""Limits on a YAML file, so that a hostile one exhausts neither memory nor time."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2 (without a dot, PyYAML reads it as text)."""
+    """YAML in which 1e-4 is a number, as in YAML 1.2 (without a dot, PyYAML reads it as text).
+
+    Whatever the text, loading ends quickly, with plain values or a `yaml.YAMLError`. An alias
+    counts as often as it occurs: ten lines of aliases of aliases can stand for a billion values.
+    """
+
+    def __init__(self, stream: str | bytes) -> None:
+        self._depth = 0
+        # Of each finished node: the number of values in it and its depth, with aliases expanded.
+        self._sizes: dict[int, tuple[int, int]] = {}
+        super().__init__(stream)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"its values are nested more than {MAX_YAML_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias and id(node) not in self._sizes:
+            raise yaml.YAMLError("a value contains itself")
+        if not is_alias:
+            parts = (
+                [part for pair in node.value for part in pair]
+                if isinstance(node, yaml.MappingNode)
+                else node.value
+                if isinstance(node, yaml.SequenceNode)
+                else []
+            )
+            sizes = [self._sizes[id(part)] for part in parts]
+            size = (
+                1 + sum(count for count, _ in sizes),
+                1 + max((deep for _, deep in sizes), default=0),
+            )
+            self._sizes[id(node)] = size
+            if size[0] > MAX_YAML_VALUES:
+                raise yaml.YAMLError(f"it holds more than {MAX_YAML_VALUES} values")
+            if size[1] > MAX_YAML_DEPTH:
+                raise yaml.YAMLError(f"its values are nested more than {MAX_YAML_DEPTH} deep")
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        try:
+            return super().construct_document(node)
+        # What SafeLoader raises for values such as 2024-99-99, 5,000 digits and `!!bool x`.
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise yaml.YAMLError(f"a value of it is not valid: {error}") from error
 
 
 _Loader.add_implicit_resolver(
@@ -76,8 +129,35 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str) -> Any:
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = loader.construct_yaml_int(node)
+    if abs(number) > MAX_YAML_NUMBER:  # arithmetic with floats would overflow
+        raise yaml.YAMLError(f"a whole number is larger than {MAX_YAML_NUMBER:g}")
+    return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def _yaml(text: str | bytes) -> Any:
     return yaml.load(text, _Loader)
+
+
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = _Loader) -> Any:
+    """Return the plain values of a YAML file. Raises `UserError`, whatever the file contains."""
+    try:
+        content = read_regular_file(path)
+        if len(content) > MAX_YAML_BYTES:
+            raise yaml.YAMLError(f"{len(content)} bytes are above the limit of {MAX_YAML_BYTES}")
+        return yaml.load(content.decode("utf-8-sig"), loader)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not YAML: not UTF-8 at byte {error.start}; save it as UTF-8"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _loss_term(value: Any) -> Any:
@@ -400,12 +480,7 @@ def _recipe_path(name: str) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = _yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} must contain keys and values, such as `scale: 2`")
     return values

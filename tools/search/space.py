@@ -189,12 +189,7 @@ def read_space(name: str) -> Space:
         raise UserError(
             f"no search space {name!r}{nearest(name, known)} (or give the path of a .yaml file)"
         )
-    try:
-        source = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    source = recipe.read_yaml(path, _UniqueKeys)
     try:
         return space_of(source)
     except UserError as error:
