@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.image_files import is_npy, npy_layout
+from pipeline.data.image_files import BadNpyError, is_npy, npy_layout, npy_layout_of
 from pipeline.data.image_headers import (
     BadImageError,
     ImageHeader,
@@ -33,6 +33,7 @@ from pipeline.data.image_pixels import (
     decode_rgb,
     foreign_profile,
 )
+from pipeline.files import open_regular_file
 from pipeline.libraries import cv2
 
 FORMATS = ("npy", "png", "webp", "jp2")
@@ -143,21 +144,12 @@ def decode(data: bytes, form: str) -> np.ndarray:
 
 
 def _decode_npy(data: bytes) -> np.ndarray:
-    file = io.BytesIO(data)
     try:
-        pixels = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BadImageError(f"not an .npy array: {' '.join(str(error).split())[:200]}") from error
-    if (
-        pixels.dtype != np.uint8
-        or pixels.ndim != 3
-        or pixels.shape[2] != 3
-        or file.tell() != len(data)
-    ):
-        raise BadImageError(
-            f"expected one uint8 array (height, width, 3), got {pixels.dtype} {pixels.shape}"
-        )
-    return np.ascontiguousarray(pixels)
+        layout = npy_layout_of("", data)
+    except BadNpyError as error:
+        raise BadImageError(error.reason) from error
+    pixels = np.frombuffer(data, np.uint8, offset=layout.offset)
+    return pixels.reshape(layout.height, layout.width, 3).copy()
 
 
 def decode_file(
@@ -176,7 +168,7 @@ def decode_file(
         layout = npy_layout(path)
         pixels = np.fromfile(path, np.uint8, offset=layout.offset)
         return pixels.reshape(layout.height, layout.width, 3)
-    with open(path, "rb") as file:
+    with open_regular_file(path) as file:
         header = read_header(file)
         check_megapixels(header, max_megapixels)
         check_file_size(header, os.fstat(file.fileno()).st_size)
@@ -195,7 +187,7 @@ def is_stored_as(path: Path, form: str) -> bool:
     """
     if is_npy(path) or form == "npy":
         return is_npy(path) and form == "npy"
-    with open(path, "rb") as file:
+    with open_regular_file(path) as file:
         return read_header(file).format == form
 
 
@@ -241,5 +233,8 @@ def _num_frames(data: bytes, header: ImageHeader) -> int:
             return 1
     if header.format not in ("webp", "avif"):
         return 1
-    with Image.open(io.BytesIO(data), formats=[header.format]) as image:
-        return getattr(image, "n_frames", 1)
+    try:
+        with Image.open(io.BytesIO(data), formats=[header.format]) as image:
+            return getattr(image, "n_frames", 1)
+    except Exception:  # decoders raise all kinds of errors; decoding the pixels tells the reason
+        return 1

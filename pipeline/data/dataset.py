@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import json
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from pipeline.data.image_files import (
     write_file_list,
 )
 from pipeline.data.pair_matching import match_pairs
+from pipeline.files import parse_json
 
 Item = TypeVar("Item")
 
@@ -348,7 +348,7 @@ def _recorded(root: Path, names: Sequence[str]) -> dict[str, str | None]:
 def _parse_leniently(line: bytes) -> Any:
     """Parse a line with Python's own, more lenient JSON parser; None if that fails too."""
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 

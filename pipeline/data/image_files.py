@@ -16,7 +16,6 @@ import re
 import stat
 import struct
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.cli import UserError
 from pipeline.data.image_headers import IMAGE_SUFFIXES, suffix_of
-from pipeline.files import write_atomically
+from pipeline.files import read_regular_file, write_atomically
 
 NPY_SUFFIX = ".npy"
 TRAINING_LIST = "training_file_list.txt"
@@ -38,10 +37,12 @@ _NPY_WAY_OUT = (
     f"{_MAKE_CROPS}, or move the file out of the way with `python "
     "tools/check_training_data.py --clean`"
 )
+MAX_SIDE = 10**9  # pixels
 _NPY_MAGIC = b"\x93NUMPY"
 # What NumPy writes for an HWC array of bytes; other headers take a slower path with exact messages.
 _NPY_HEADER = re.compile(
-    rb"\{'descr': '[|<>=]u1', 'fortran_order': False, 'shape': \((\d+), (\d+), 3\), \} *\n?"
+    rb"\{'descr': '[|<>=]u1', 'fortran_order': False, "
+    rb"'shape': \((\d{1,9}), (\d{1,9}), 3\), \} *\n?"
 )
 
 
@@ -112,7 +113,7 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
             head += os.read(descriptor, 65536)
     finally:
         os.close(descriptor)
-    return _layout_of(os.fspath(path), head, status.st_size)
+    return npy_layout_of(os.fspath(path), head, status.st_size)
 
 
 def read_npy(
@@ -140,8 +141,12 @@ def read_npy(
     return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left : left + width]
 
 
-def _layout_of(path: str, head: bytes, file_size: int) -> NpyLayout:
-    """Parse the first bytes of an `.npy` file and check them against the file size."""
+def npy_layout_of(path: str, head: bytes, file_size: int | None = None) -> NpyLayout:
+    """Parse the first bytes of an `.npy` file and check them against the file size.
+
+    Without a size, `head` is the whole file. Raises `BadNpyError`, which names `path`.
+    """
+    file_size = len(head) if file_size is None else file_size
     offset, header = _npy_header(path, head)
     match = _NPY_HEADER.fullmatch(header)
     height, width = (int(match[1]), int(match[2])) if match else _npy_shape(path, header)
@@ -191,7 +196,7 @@ def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
         raise BadNpyError(path, f"pixels must be uint8 (0..255), not {kind!r}")
     if (
         len(shape) != 3
-        or not all(isinstance(side, int) and side >= 0 for side in shape)
+        or not all(isinstance(side, int) and 0 <= side < MAX_SIDE for side in shape)
         or shape[2] != 3
     ):
         raise BadNpyError(path, f"the shape must be (height, width, 3), not {shape}")
@@ -210,11 +215,13 @@ def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -
     """
     way_out = f"write it with `python tools/select_training_files.py --data-dir {os.fspath(root)}`"
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = read_regular_file(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{os.fspath(path)}: no such file list; {way_out}") from None
     except IsADirectoryError:
         raise UserError(f"{os.fspath(path)}: a folder, not a file list; {way_out}") from None
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read: {error.strerror}; {way_out}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}; {way_out}") from None
     lines = (

@@ -43,6 +43,7 @@ from pipeline.data.image_headers import (
     with_end,
     without_harmless_defect,
 )
+from pipeline.files import open_regular_file
 from pipeline.libraries import cv2
 
 MAX_MEGAPIXELS = 1000  # OpenCV refuses images of more than 2^30 pixels
@@ -98,7 +99,7 @@ def read_rgb(path: str | os.PathLike[str]) -> Bytes:
 
     Raises `UserError`, which names the file, if it cannot be read.
     """
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open_regular_file(path) as file:
         header = read_header(file)
         check_megapixels(header, MAX_MEGAPIXELS)
         check_file_size(header, os.fstat(file.fileno()).st_size)
@@ -108,14 +109,14 @@ def read_rgb(path: str | os.PathLike[str]) -> Bytes:
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Read (height, width) of an upright image from its header; raises the errors of `read_rgb`."""
-    with naming(path), open(path, "rb") as file:
+    with naming(path), open_regular_file(path) as file:
         return read_header(file).size
 
 
 def read_profile(path: str | os.PathLike[str]) -> str:
     """Return `foreign_profile` of an image file; "" if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular_file(path) as file:
             return foreign_profile(read_header(file))
     except (OSError, BadImageError):
         return ""

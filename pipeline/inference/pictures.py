@@ -15,6 +15,7 @@ from PIL import Image, TiffImagePlugin
 from pipeline.cli import UserError
 from pipeline.data.image_headers import BadImageError, ImageHeader, read_header
 from pipeline.data.image_pixels import decode_picture, over_white, to_8_bits
+from pipeline.files import open_regular_file, read_regular_file
 from pipeline.inference import png
 from pipeline.inference.devices import free_bytes
 
@@ -105,7 +106,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         BadImageError: there is no valid header.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular_file(path) as file:
         return read_header(file, any_format=True).size
 
 
@@ -116,7 +117,7 @@ def read_picture(path: Path) -> Picture:
         UserError: the file cannot be read completely, or does not fit into the memory.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular_file(path)
         header = read_header(data, any_format=True)
         _check_memory(header)
         image = decode_picture(data, header)

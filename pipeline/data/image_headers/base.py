@@ -5,6 +5,7 @@ Sources: EXIF 2.3, ICC.1.
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import BinaryIO
 
 MAX_METADATA = 1 << 24  # bytes of EXIF, XMP or ICC data that are read
 _FAR = 1 << 62  # larger offsets count as beyond the end of the file
-
+MAX_PARTS = 1 << 16  # boxes, chunks and segments before the pixels; reading more would take seconds
 Read = Callable[[int, int], bytes]
 """(offset, count) -> up to `count` bytes from `offset`; fewer at the end of the file."""
 
@@ -87,7 +88,10 @@ class Format:
 
 
 def reader_of(source: Read | BinaryIO | bytes | memoryview) -> Read:
-    """Return a `Read` for `source`: an image's content, a file open for reading, or a `Read`."""
+    """Return a `Read` for `source`: an image's content, a file open for reading, or a `Read`.
+
+    Offsets and counts come from the file, and may be far beyond its end or what a file can have.
+    """
     if callable(source):
         return source
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -96,7 +100,12 @@ def reader_of(source: Read | BinaryIO | bytes | memoryview) -> Read:
     def read(at: int, count: int) -> bytes:
         if at > _FAR:
             return b""
-        source.seek(at)
+        try:
+            source.seek(at)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # more than this file system allows
+                raise
+            return b""
         return source.read(count)
 
     return read

@@ -5,7 +5,14 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
-from pipeline.data.image_headers.base import BadImageError, Format, ImageHeader, Read, unpack
+from pipeline.data.image_headers.base import (
+    MAX_PARTS,
+    BadImageError,
+    Format,
+    ImageHeader,
+    Read,
+    unpack,
+)
 
 # `tags` of a JPEG XL: premultiplied alpha; linear light.
 JXL_PREMULTIPLIED, JXL_LINEAR = (
@@ -66,7 +73,7 @@ def _parse(read: Read) -> ImageHeader:
 
     The orientation is in the codestream; libjxl applies it when decoding.
     """
-    at, has_jpeg = 0, False
+    at, has_jpeg, num_boxes = 0, False, 0
     while read(at, 2) != b"\xff\x0a":
         length, kind = unpack(">I4s", read, at)
         start = at + (16 if length == 1 else 8)
@@ -76,9 +83,12 @@ def _parse(read: Read) -> ImageHeader:
                 raise BadImageError("broken JPEG XL codestream")
             break
         has_jpeg |= kind == b"jbrd"  # data for reconstructing the original JPEG
-        at += unpack(">Q", read, at + 8)[0] if length == 1 else length
-        if length == 0 or 1 < length < 8:
+        if length == 1:
+            (length,) = unpack(">Q", read, at + 8)
+        num_boxes += 1
+        if length < start - at or num_boxes > MAX_PARTS:
             raise BadImageError("broken JPEG XL box")
+        at += length
     bits = _Bits(read(at + 2, 256))
     height, width = _size(bits)
     header = ImageHeader("jxl", height, width, is_lossy=True, is_plain=False, pixels_at=at)

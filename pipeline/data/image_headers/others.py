@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from pipeline.data.image_headers.base import (
     MAX_METADATA,
+    MAX_PARTS,
     BadImageError,
     Format,
     ImageHeader,
@@ -60,7 +61,9 @@ def _webp(read: Read) -> ImageHeader:
 def _extended_webp(read: Read, end: int) -> ImageHeader:
     flags, width, height = unpack("<B3x3s3s", read, 20)
     at, pixels_at, found, is_lossy = 12, 0, Metadata(), False
-    while at + 8 <= end and len(head := read(at, 8)) == 8:
+    for _ in range(MAX_PARTS):
+        if at + 8 > end or len(head := read(at, 8)) < 8:
+            break
         kind, length = struct.unpack("<4sI", head)
         if kind in (b"VP8 ", b"VP8L", b"ANMF") and not pixels_at:
             pixels_at, is_lossy = at, kind != b"VP8L"
@@ -192,7 +195,7 @@ def _jp2(read: Read) -> ImageHeader:
     """Parse a JP2 file or a bare JPEG 2000 codestream."""
     if read(0, 4) == _J2K:
         return _codestream(read, 0, is_plain=True, color=0, profile=None)
-    at, is_plain, is_palette, color, profile = 12, True, False, 0, None
+    at, is_plain, is_palette, color, profile, num_boxes = 12, True, False, 0, None, 0
     while True:
         length, kind = unpack(">I4s", read, at)
         start = at + (16 if length == 1 else 8)
@@ -212,9 +215,9 @@ def _jp2(read: Read) -> ImageHeader:
             elif method in (2, 3):
                 profile = read(start + 3, min(max(length - 11, 0), MAX_METADATA))
         if kind == b"jp2h":  # a superbox: continue with the boxes in it
-            at = start
-            continue
-        if length < 8:
+            length = start - at
+        num_boxes += 1
+        if length < start - at or num_boxes > MAX_PARTS:
             raise BadImageError("broken JPEG 2000 box")
         at += length
 
@@ -225,12 +228,17 @@ def _codestream(
     """Parse the SIZ and COD segments of the JPEG 2000 codestream at byte `at`."""
     pixels_at = at
     marker, siz, size, _, right, bottom, left, top = unpack(">HHHHIIII", read, at)
-    if (marker, siz) != (0xFF4F, 0xFF51):
+    tile_width, tile_height, tile_left, tile_top, channels = unpack(">IIIIH", read, at + 24)
+    # Decoders divide by the sizes of tiles and samples, and some of them do not check these.
+    is_tiled = (
+        tile_left <= left < tile_left + tile_width and tile_top <= top < tile_top + tile_height
+    )
+    if (marker, siz) != (0xFF4F, 0xFF51) or not is_tiled or size != 38 + 3 * channels:
         raise BadImageError("broken JPEG 2000 codestream")
-    (channels,) = unpack(">H", read, at + 40)
-    depths = {
-        unpack(">B", read, at + 42 + 3 * component)[0] for component in range(min(channels, 16))
-    }
+    components = [unpack(">BBB", read, at + 42 + 3 * number) for number in range(min(channels, 16))]
+    if any(not (across and down) for _, across, down in components):
+        raise BadImageError("broken JPEG 2000 codestream")
+    depths = {depth for depth, _, _ in components}
     depth = (depths.pop() if len(depths) == 1 else 0xFF) + 1
     if depth > 16:
         raise BadImageError(
@@ -238,7 +246,7 @@ def _codestream(
             "is not supported; save it with 8 or 16 bits"
         )
     at += 4 + size
-    while True:
+    for _ in range(MAX_PARTS):
         marker, length = unpack(">HH", read, at)
         if marker == 0xFF52:  # COD; its tenth byte is the wavelet: 0 is 9-7, irreversible
             wavelet = unpack(">10B", read, at + 4)[9]
@@ -258,8 +266,9 @@ def _codestream(
             )
         # 0xFF90 is SOT: the tiles start without a COD segment before them.
         if marker >> 8 != 0xFF or marker == 0xFF90 or length < 2:
-            raise BadImageError("broken JPEG 2000 codestream")
+            break
         at += 2 + length
+    raise BadImageError("broken JPEG 2000 codestream")
 
 
 def _check_jp2(data: memoryview, header: ImageHeader, thorough: bool) -> None:
@@ -277,6 +286,9 @@ _PNM = re.compile(
 )
 
 
+_BITMAP = re.compile(rb"P[14]" + 2 * rb"(?:\s|#[^\n]*\n)+\d+" + rb"(?:#[^\n]*\n)*\s")
+
+
 def _pnm(read: Read) -> ImageHeader:
     """Parse a bitmap, graymap or pixmap; `tags[0]` is (kind, maximum value).
 
@@ -289,7 +301,10 @@ def _pnm(read: Read) -> ImageHeader:
     kind, width, height = (int(match[number][:9]) for number in (1, 2, 3))
     end, most = match.end(), int((match[4] or b"1")[:9])
     if kind in (1, 4):  # bitmaps have no maximum value; the match took pixels for it
-        end, most = re.match(rb"P[14]" + 2 * rb"(?:\s|#[^\n]*\n)+\d+" + rb"\s", head).end(), 1
+        match = _BITMAP.match(head)
+        if match is None:
+            raise BadImageError("broken PNM header")
+        end, most = match.end(), 1
     elif match[4] is None:
         raise BadImageError("broken PNM header")
     if not 0 < most < 65536:

@@ -6,6 +6,7 @@ import struct
 
 from pipeline.data.image_headers.base import (
     MAX_METADATA,
+    MAX_PARTS,
     BadImageError,
     Format,
     ImageHeader,
@@ -104,7 +105,8 @@ def tiff_tags(read: Read) -> dict[int, tuple[int, ...]]:
         place = at + index * entry
         tag, kind, length = unpack(f"{order}HH{slot}", read, place)
         form = {1: "B", 3: "H", 4: "I", 7: "B", 16: "Q"}.get(kind)
-        if not (form and length and tag in _TAGS):
+        # Of several equal tags, libtiff takes the first as well.
+        if not (form and length and tag in _TAGS) or tag in tags:
             continue
         size, value = struct.calcsize(form) * length, place + entry - struct.calcsize(slot)
         if size > MAX_METADATA:
@@ -121,7 +123,7 @@ def tiff_page_count(data: bytes) -> int:
     order, is_big = "<" if data[:2] == b"II" else ">", data[2:4].strip(b"\0") == b"+"
     slot, entry, start = ("Q", 20, 8) if is_big else ("I", 12, 4)
     seen, at = set(), unpack(order + slot, read, start)[0]
-    while at and at not in seen:
+    while at and at not in seen and len(seen) < MAX_PARTS:
         seen.add(at)
         count, size = unpack(order + ("Q" if is_big else "H"), read, at)[0], 8 if is_big else 2
         (at,) = unpack(order + slot, read, at + size + count * entry)
