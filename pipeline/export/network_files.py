@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -136,15 +137,22 @@ class OnnxNetwork:
                 f"{self.title} has a CUDA provider that does not start; check the versions of CUDA "
                 "and cuDNN, or use --backend torch"
             )
-        found = self._session.get_modelmeta()
-        self.metadata = dict(found.custom_metadata_map)
-        self.inputs = [
-            tuple(side if isinstance(side, int) else None for side in one.shape)
-            for one in self._session.get_inputs()
-        ]
-        first = self._session.get_inputs()[0]
-        self.dtype = np.dtype(_ONNX_TYPES[first.type]) if first.type in _ONNX_TYPES else None
-        self._names = [self._session.get_outputs()[0].name], first.name
+        try:
+            inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+            if not (inputs and outputs):
+                raise UserError(_no_ends(self.title, source))
+            self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+            self._names = [outputs[0].name], inputs[0].name
+            self.inputs = [
+                tuple(side if isinstance(side, int) else None for side in one.shape)
+                for one in inputs
+            ]
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.title} finds a name in {_shown(source)} that is not UTF-8; is it damaged?"
+            ) from error
+        kind = inputs[0].type
+        self.dtype = np.dtype(_ONNX_TYPES[kind]) if kind in _ONNX_TYPES else None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """See `NetworkFile`."""
@@ -180,10 +188,21 @@ class OnnxNetwork:
         try:
             return onnxruntime.InferenceSession(source, options, providers=self._providers)
         except Exception as error:
-            what = repr(str(self._source)) if isinstance(self._source, Path) else "the network"
             raise UserError(
-                f"{self.title} cannot load {what} ({one_line(error)}); is it a complete ONNX file?"
+                f"{self.title} cannot load {_shown(self._source)} ({one_line(error)}); is it a "
+                "complete ONNX file?"
             ) from error
+
+
+def _shown(source: Path | bytes) -> str:
+    return repr(str(source)) if isinstance(source, Path) else "the network"
+
+
+def _no_ends(title: str, source: Path | bytes) -> str:
+    return (
+        f"{title} finds no input or no output in {_shown(source)}; give a network from image to "
+        "image"
+    )
 
 
 def _providers(device: Device) -> list[Any]:
@@ -256,14 +275,18 @@ class OpenVinoNetwork:
                 "torch"
             )
         options = {**hint, "INFERENCE_NUM_THREADS": usable_threads(), "ENABLE_CPU_PINNING": False}
+        if isinstance(source, Path):
+            _check_kind(source, self.title)
         try:
             self._model = openvino.Core().read_model(source)
             self._network = openvino.Core().compile_model(self._model, "CPU", options)
-        except RuntimeError as error:
-            what = repr(str(source)) if isinstance(source, Path) else "the network"
+        # Also what pybind11 makes of names that are not UTF-8 and of sizes beyond 64 bits.
+        except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise UserError(
-                f"{self.title} cannot load {what} ({one_line(error)}); is it complete?"
+                f"{self.title} cannot load {_shown(source)} ({one_line(error)}); is it complete?"
             ) from error
+        if not (self._model.inputs and self._model.outputs):
+            raise UserError(_no_ends(self.title, source))
         self.metadata = _metadata(self._model, source)
         self.inputs = [_sides(one) for one in self._model.inputs]
         name = self._model.inputs[0].get_element_type().get_type_name()
@@ -316,6 +339,32 @@ def _sides(one: Any) -> tuple[int | None, ...]:
     )
 
 
+def _check_kind(path: Path, title: str) -> None:
+    """Raise `UserError` unless a file is what its suffix says.
+
+    Otherwise OpenVINO would try it in all formats that it knows, each of which prints its errors.
+    """
+    try:
+        if path.suffix.lower() == ".xml":
+            root = ElementTree.parse(path).getroot()
+            is_known = root.tag == "net" and root.get("version", "").isdecimal()
+        elif importlib.util.find_spec("onnx"):
+            import onnx
+
+            is_known = bool(onnx.load(path, load_external_data=False).graph.node)
+        else:
+            return
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error.strerror})") from error
+    except Exception:  # the parsers have errors of their own, which differ between versions
+        is_known = False
+    if not is_known:
+        kind = "an OpenVINO" if path.suffix.lower() == ".xml" else "an ONNX"
+        raise UserError(
+            f"{title} cannot load {str(path)!r} (it is not {kind} network); is it complete?"
+        )
+
+
 def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
     """Return a file's metadata: a section of an .xml file, or the properties of an .onnx file.
 
@@ -330,11 +379,11 @@ def _metadata(model: Any, source: Path | bytes) -> dict[str, str]:
 
         found = onnx.load(source, load_external_data=False)
         return {one.key: one.value for one in found.metadata_props}
-    return {
-        key: model.get_rt_info([SECTION, key]).astype(str)
-        for key in DESCRIBED
-        if model.has_rt_info([SECTION, key])
-    }
+    described = [key for key in DESCRIBED if model.has_rt_info([SECTION, key])]
+    try:
+        return {key: model.get_rt_info([SECTION, key]).astype(str) for key in described}
+    except (RuntimeError, UnicodeDecodeError):  # not text, so not this project's
+        return {}
 
 
 # The table of backends, and whether they are installed.

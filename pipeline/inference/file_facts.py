@@ -6,7 +6,6 @@ Files of this project describe themselves; others are run on a photograph to fin
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,12 +16,15 @@ from pipeline.cli import RunError, UserError
 from pipeline.data.image_pixels import read_rgb
 from pipeline.export.network_files import DESCRIBED, NetworkFile
 from pipeline.export.photographs import SHIPPED, paths_within_packages
+from pipeline.files import parse_json
 from pipeline.inference.backends import FileFacts, from_output, to_input
 from pipeline.inference.reach import STRIP, distance_within, edge_changes, shift_of
 
 LIKE_ITS_INPUT = 15.0
 """Minimum PSNR, in dB, of a downscaled result against the input image."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+MAX_INPUT = 1 << 26
+"""Maximum number of pixels, over all images, that a file may need at once."""
 UNKNOWN_HALO = 64
 """Overlap for networks that see the whole image; their tiles only approximate its result."""
 
@@ -38,10 +40,15 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
     said = file.metadata
     if said.keys() >= {*DESCRIBED}:
         try:
-            scale, params = int(said["scale"]), json.loads(said["params"])
-            return replace(facts, scale=scale, halo=_own_halo(said["architecture"], scale, params))
+            scale, params = int(said["scale"]), dict(parse_json(said["params"]))
+            described = replace(
+                facts, scale=scale, halo=_own_halo(said["architecture"], scale, params)
+            )
         except (ValueError, TypeError):
             pass  # the file is from another program that uses the same keys
+        else:
+            _check_scale(file, described, name)
+            return described
     if importlib.util.find_spec("skimage") is None:
         raise UserError(
             f"{name} does not say which input it expects; finding out needs photographs from "
@@ -66,12 +73,23 @@ def from_json(values: Mapping[str, Any]) -> FileFacts:
 
 def _own_halo(architecture: str, scale: int, params: Mapping[str, Any]) -> int:
     """Return the receptive radius of a network of `pipeline.models`, in LR pixels; needs torch."""
-    import torch
+    from pipeline.models import build_outline
 
-    from pipeline.models import build_generator
+    return build_outline(architecture, scale, params).receptive_radius
 
-    with torch.random.fork_rng(devices=[]):
-        return build_generator(architecture, scale, **params).receptive_radius
+
+def _check_scale(file: NetworkFile, facts: FileFacts, name: str) -> None:
+    """Raise `UserError` unless the network enlarges an image by the scale that the file says."""
+    height, width = facts.window or (32, 64)
+    try:
+        shape = _run(file, facts, np.zeros((height, width, 3), np.uint8)).shape
+    except (RunError, ValueError) as error:
+        raise UserError(f"{name} cannot be run on an image of {width}x{height}: {error}") from error
+    if shape[1:] != (3, height * facts.scale, width * facts.scale):
+        raise UserError(
+            f"{name} says that its scale is {facts.scale}, but turns an image of {width}x{height} "
+            f"into {shape}; convert the network again"
+        )
 
 
 def _from_input(file: NetworkFile, name: str) -> FileFacts:
@@ -97,6 +115,11 @@ def _from_input(file: NetworkFile, name: str) -> FileFacts:
     if (height is None) != (width is None):
         raise UserError(
             f"{name} fixes only one side of the image; convert it for images of any size"
+        )
+    if (shape[0] or 1) * (height or 1) * (width or 1) > MAX_INPUT:
+        raise UserError(
+            f"{name} takes {shape[0] or 1} images of {height or 'any'} x {width or 'any'} pixels "
+            f"at once, more than {MAX_INPUT >> 20} Mi pixels; convert it for smaller ones"
         )
     return FileFacts(
         scale=0,
@@ -187,6 +210,8 @@ def _cut(photo: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _run(file: NetworkFile, facts: FileFacts, image: np.ndarray) -> np.ndarray:
-    return from_output(
-        file(to_input(np.stack([image] * (facts.batch or 1)), facts, file.dtype)), facts
-    )
+    images = to_input(np.stack([image] * (facts.batch or 1)), facts, file.dtype)
+    try:
+        return from_output(file(images), facts)
+    except MemoryError as error:
+        raise RunError("there is not enough memory for that") from error

@@ -23,8 +23,10 @@ in a file that does not describe itself:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.cli import UserError, one_line
@@ -66,3 +68,42 @@ def build_generator(
         raise UserError(
             f"network {name!r} cannot be built with {params}; is it too large? ({one_line(error)})"
         ) from error
+
+
+MAX_NUMBER = 512
+"""Sizes that a file's description may always give."""
+
+
+def build_outline(
+    name: str, scale: int, params: Mapping[str, Any], most: int = MAX_NUMBER
+) -> nn.Module:
+    """Build the generator that a file describes, on the meta device if its class allows that.
+
+    The numbers in a file may be anything, and a network of their size might not fit into memory.
+    So no number in `params` may be larger than `most` (the largest size of the file's tensors) and
+    `MAX_NUMBER`, and tensors on the meta device need no memory. Raises the errors of
+    `build_generator`.
+    """
+    most = max(most, MAX_NUMBER)
+    for key, value in params.items():
+        for number in _numbers_in(value):
+            if not abs(number) <= most:
+                raise UserError(
+                    f"its description says {key} {str(number)[:20]}, which is larger than all "
+                    f"sizes of its tensors ({most}); is it damaged?"
+                )
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build_generator(name, scale, **params)
+        except UserError:  # wrong, or of a class that needs values, such as spandrel's
+            return build_generator(name, scale, **params)
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    """Yield the numbers in a JSON value."""
+    if isinstance(value, (list, tuple, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers_in(inner)
+    elif isinstance(value, (int, float)):
+        yield value

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.cli import UserError, nearest
-from pipeline.files import write_atomically, write_pieces_atomically
-from pipeline.models import GENERATORS, build_generator, spandrel
+from pipeline.cli import UserError, nearest, one_line
+from pipeline.files import parse_json, write_atomically, write_pieces_atomically
+from pipeline.models import GENERATORS, build_generator, build_outline, spandrel
 
 # State dicts in .safetensors files and files of torch.save, read without executing code and reduced
 # to plain tensors.
@@ -58,6 +58,12 @@ GENERATOR_PREFIXES = ("generator", "netG", "net_g")
 WRAPPERS = ("module", "_forward_module", *GENERATOR_PREFIXES)
 # Like WRAPPERS, except that some networks' own names start with these, followed by a number.
 ATTRIBUTES = ("model", "net", "network")
+MAX_EXPANSION = 100
+FREE_BYTES = 64 << 20
+"""A file may hold this many times its size, and this many bytes in addition.
+
+torch.save compresses nothing, but several tensors may share their values.
+"""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -142,29 +148,41 @@ def _check_archive(path: Path) -> None:
             # torch.load reports any error; files from before PyTorch 1.6 have no checksums.
             return
         with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UserError(
-                    f"{str(path)!r} is a TorchScript program, which is never executed here; save "
-                    "its state_dict() instead: torch.save(torch.jit.load(FILE).state_dict(), ...)"
-                )
-            damaged = archive.testzip()
+            members = archive.infolist()
     except PermissionError:
         return  # torch.load reports it
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+    except Exception as error:  # zipfile raises all kinds of errors for hostile bytes
+        raise _damaged(path, error) from error
+    if any(member.filename.endswith("/constants.pkl") for member in members):
         raise UserError(
-            f"{str(path)!r} is not a readable PyTorch file ({error}); is it damaged?"
-        ) from error
+            f"{str(path)!r} is a TorchScript program, which is never executed here; save "
+            "its state_dict() instead: torch.save(torch.jit.load(FILE).state_dict(), ...)"
+        )
+    _check_expansion(path, sum(member.file_size for member in members))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:
+        raise _damaged(path, error) from error
     if damaged is not None:
         raise UserError(
             f"{str(path)!r} is damaged: the checksum of its {damaged} is wrong; copy or download "
             "it again"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{str(path)!r} is not a readable PyTorch file ({one_line(error)}); is it damaged?"
+    )
+
+
+def _check_expansion(path: Path, num_bytes: int) -> None:
+    """Reject a file that holds far more than its size, before that fills the memory."""
+    if num_bytes > MAX_EXPANSION * os.path.getsize(path) + FREE_BYTES:
+        raise UserError(
+            f"{str(path)!r} expands to {num_bytes / 1e9:.1f} GB, more than {MAX_EXPANSION} times "
+            "its size; is it a decompression bomb? Save only the state dict"
         )
 
 
@@ -187,6 +205,9 @@ def _check_kinds(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{str(path)!r}: tensor {name!r} is {kind}; weights must be one of "
                 f"{listed(FLOATS)}, dense"
             )
+    _check_expansion(
+        path, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    )
 
 
 def listed(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -283,14 +304,23 @@ class SavedNetwork:
         shape or kind of number, or not finite.
         """
         source = f"{self.source}: " if self.source else ""
+        sizes = [side for tensor in self.state_dict.values() for side in tensor.shape]
         try:
-            # Initial values are overwritten; creating them must not advance the trainer's RNG.
-            with torch.random.fork_rng(devices=[]):
-                network = build_generator(self.name, self.scale, **self.params)
+            most = max([len(self.state_dict), *sizes])
+            network = build_outline(self.name, self.scale, self.params, most)
+            expected = network.state_dict()
+            self._check_tensors(expected)
+            if any(tensor.is_meta for tensor in expected.values()):
+                # Initial values are overwritten; creating them must not advance the trainer's RNG.
+                with torch.random.fork_rng(devices=[]):
+                    network = build_generator(self.name, self.scale, **self.params)
         except UserError as error:
             raise UserError(f"{source}{error}") from error
-        expected = network.state_dict()
-        title = f"{source}network {self.name!r} x{self.scale}"
+        network.load_state_dict(self.state_dict, strict=True)
+        return network.eval()
+
+    def _check_tensors(self, expected: Mapping[str, Tensor]) -> None:
+        title = f"network {self.name!r} x{self.scale}"
         for key in sorted(expected.keys() | self.state_dict.keys()):
             if key not in self.state_dict:
                 raise UserError(
@@ -320,8 +350,6 @@ class SavedNetwork:
                     f"{title}: tensor {key!r} contains NaN or infinity; training diverged, use an "
                     "earlier step"
                 )
-        network.load_state_dict(self.state_dict, strict=True)
-        return network.eval()
 
 
 def read_network(path: str | Path, weights: str = "auto") -> SavedNetwork:
@@ -474,7 +502,7 @@ def _of_spandrel(path: Path, tensors: dict[str, Tensor]) -> list[SavedNetwork]:
 
 def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> SavedNetwork:
     try:
-        fields = json.loads(description)
+        fields = parse_json(description)
         return SavedNetwork(
             name=str(fields["name"]),
             scale=int(fields["scale"]),
@@ -482,7 +510,7 @@ def _described(path: Path, description: str, tensors: dict[str, Tensor]) -> Save
             state_dict=tensors,
             metadata={str(key): str(value) for key, value in fields.get("metadata", {}).items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{str(path)!r}: its {METADATA_KEY!r} metadata is invalid ({error!r})"
+            f"{str(path)!r}: its {METADATA_KEY!r} metadata is invalid ({one_line(error)})"
         ) from error

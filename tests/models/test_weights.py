@@ -769,7 +769,7 @@ def test_integers_as_weights_of_spandrels_are_refused(tmp_path):
         ({"self": 1}, "has no parameter 'self'"),
         ({"name": "x"}, "has no parameter 'name'"),
         ({"cls": 1}, "has no parameter 'cls'"),
-        ({"num_features": 10**8}, "num_features 100000000 is above 65536"),
+        ({"num_features": 10**8}, "says num_features 100000000, which is larger than all sizes"),
     ],
 )
 def test_a_description_that_does_not_fit_names_the_file(tmp_path, params, words):
