@@ -36,7 +36,7 @@ from pipeline.data.image_files import (
 )
 from pipeline.data.image_headers import BadImageError, unread_note
 from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
-from pipeline.files import flush, write_atomically
+from pipeline.files import flush, parse_json, write_atomically
 from tools.crops.cutting import REJECTS, SETTINGS
 from tools.crops.dataset import refuse_nested
 from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
@@ -543,7 +543,7 @@ def _read_settings(path: Path) -> dict[str, object]:
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = parse_json(path.read_text("utf-8"))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 
 from pipeline.cli import UserError, run
-from pipeline.files import write_atomically
+from pipeline.files import parse_json, write_atomically
 from pipeline.metrics import METRICS
 from pipeline.run_folder import LOG_FILE, find_run
 
@@ -189,7 +188,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     complete = text[: text.rfind("\n") + 1].splitlines()
     for number, line in enumerate(complete, start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             int(entry["step"]), str(entry["event"])
         except (ValueError, TypeError, KeyError):
             raise UserError(

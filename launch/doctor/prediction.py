@@ -15,7 +15,6 @@ an earlier run (`step_seconds_of`).
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from launch.cluster.remote import ROOT, last_line
 from launch.doctor.allreduce import LATENCY_BYTES
 from pipeline import run_folder
 from pipeline.cli import UserError
+from pipeline.files import parse_json
 
 GOOD = 0.9
 _COUNT = """
@@ -140,9 +140,9 @@ def step_seconds_of(run_dir: Path, ranks: int) -> float | None:
     """
     run_dir = run_folder.newest_stage(run_dir)
     try:
-        batch = json.loads((run_dir / run_folder.DS_CONFIG_FILE).read_text())["train_batch_size"]
+        batch = parse_json((run_dir / run_folder.DS_CONFIG_FILE).read_text())["train_batch_size"]
         newest = run_folder.checkpoint_dir(run_dir, run_folder.checkpoint_steps(run_dir)[-1])
-        before = json.loads((newest / run_folder.MANIFEST_FILE).read_text())["world_size"]
+        before = parse_json((newest / run_folder.MANIFEST_FILE).read_text())["world_size"]
         lines = (run_dir / run_folder.LOG_FILE).read_text().splitlines()
         speeds = [speed for speed in map(_images_per_second, lines) if speed]
         return batch / speeds[-1] * before / ranks
@@ -152,7 +152,7 @@ def step_seconds_of(run_dir: Path, ranks: int) -> float | None:
 
 def _images_per_second(line: str) -> float | None:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
         return float(values["images_per_second"]) if values["event"] == "train" else None
     except (ValueError, KeyError, TypeError):  # another event, or a line cut short
         return None

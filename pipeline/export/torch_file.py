@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import UserError, say
+from pipeline.files import parse_json
 from pipeline.metrics import METRICS
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
@@ -108,7 +109,7 @@ def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, flo
     for line in reversed(lines):
         if '"validation"' in line:
             try:
-                values = json.loads(line)
+                values = parse_json(line)
             except ValueError:  # truncated by a kill
                 continue
             if values.get("event") == "validation" and values.get("step") == step:
@@ -118,7 +119,7 @@ def _validated(run_dir: Path, step: int, state: dict[str, Any]) -> dict[str, flo
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UserError(f"cannot read {str(path)!r} ({reason})") from error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_atomically
+from pipeline.files import parse_json, write_atomically
 from pipeline.installation import user_cache_dir
 
 
@@ -63,7 +63,7 @@ class Measurements:
 
     def _read(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self._path.read_bytes()) if self._path is not None else {}
+            found = parse_json(self._path.read_bytes()) if self._path is not None else {}
             return found if isinstance(found, dict) else {}
         return {}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import say
-from pipeline.files import AppendFile
+from pipeline.files import AppendFile, parse_json
 from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
@@ -202,7 +202,7 @@ def _drop_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError):  # drops lines cut short by a kill as well
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(line)
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

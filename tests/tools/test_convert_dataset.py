@@ -48,7 +48,7 @@ def record(path: str, pixels: np.ndarray, size: int, **more: object) -> CropReco
         size,
         hashlib.sha256(pixels).hexdigest(),
         "opencv",
-        {"gradient": 3.5, "hash": "ff"},
+        {"gradient": 3.5, "hash": "ff" * 32},
         1000,
         123456789,
         3,

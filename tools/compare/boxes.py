@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.cli import UserError
+from pipeline.files import parse_json
 from pipeline.libraries import cv2
 
 # Okabe and Ito, "Color Universal Design", 2008: distinguishable with all common kinds of colour
@@ -79,7 +80,7 @@ def read_boxes(path: Path, height: int, width: int) -> list[Box]:
     Raises `UserError` if the file does not fit.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError:  # broken JSON or broken UTF-8

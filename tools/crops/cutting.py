@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.cli import UserError
 from pipeline.data.image_headers import ImageHeader, check_file_size, read_header
 from pipeline.data.image_pixels import check_megapixels, decode_rgb, decoder_name, foreign_profile
+from pipeline.files import parse_json
 from tools.crops.grid import Crop, cover_grid, crop_grid, pyramid
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
@@ -34,6 +35,24 @@ REJECTS = "rejects.jsonl"
 # These outcomes depend only on the settings, the source and (for copies) the twin, so they are
 # final until one of these changes. All other gates mean damage, which may be repaired.
 FINAL_GATES = frozenset({"size", "flat", "soft", "duplicate", "near-duplicate", "leak"})
+# Fields of a line of rejects.jsonl, and their types.
+_NEEDED = {
+    "photo": str,
+    "folder": str,
+    "gate": str,
+    "reason": str,
+    "photo_bytes": int,
+    "photo_mtime_ns": int,
+    "whole": bool,
+}
+_OPTIONAL = {
+    "path": (str,),
+    "twin": (str,),
+    "scale": (int,),
+    "top": (int,),
+    "left": (int,),
+    "time": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -372,22 +391,21 @@ def reject_line(unit: Unit, reject: Reject, is_whole: bool) -> str:
 def parse_reject(line: bytes | str) -> dict | None:
     """Parse a line of rejects.jsonl; `None` if it is torn or foreign."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError:
         return None
-    needed = {
-        "photo": str,
-        "folder": str,
-        "gate": str,
-        "reason": str,
-        "photo_bytes": int,
-        "photo_mtime_ns": int,
-        "whole": bool,
-    }
-    is_ours = isinstance(values, dict) and all(
-        type(values.get(name)) is kind for name, kind in needed.items()
+    is_ours = (
+        isinstance(values, dict)
+        and all(type(values.get(name)) is kind for name, kind in _NEEDED.items())
+        and all(type(values[name]) in _OPTIONAL[name] for name in _OPTIONAL.keys() & values.keys())
     )
-    return values if is_ours else None
+    if not is_ours:
+        return None
+    try:
+        "".join(value for value in values.values() if isinstance(value, str)).encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which no name in our files has
+        return None
+    return values
 
 
 def reject_groups(lines: Iterable[bytes]) -> Iterator[tuple[str, list[dict]]]:

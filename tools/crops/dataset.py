@@ -20,6 +20,7 @@ from typing import IO
 
 from pipeline.cli import UserError, counted
 from pipeline.data.image_files import MANIFEST
+from pipeline.files import parse_json
 from tools.crops.cutting import (
     FINAL_GATES,
     REJECTS,
@@ -110,7 +111,7 @@ def _check_settings(file: IO[str], out: Path, settings: dict[str, object]) -> No
         os.fsync(file.fileno())
         return
     try:
-        recorded = json.loads(text)
+        recorded = parse_json(text)
     except ValueError:
         recorded = None
     if not isinstance(recorded, dict):
@@ -371,11 +372,13 @@ class CropDataset:
         for source, record in {
             _source(record): record for record in records if record.role != "lr"
         }.items():
-            self._duplicates.add(source, bytes.fromhex(str(record.gates["source_hash"])))
+            if hashed := record.gates.get("source_hash"):  # else the line is not of this dataset
+                self._duplicates.add(source, bytes.fromhex(str(hashed)))
             if sha256 := _source_sha256(record):
                 self._source_of_sha256[sha256] = source
         for record in records:
-            if record.time is not None and self._film_crops is not None:
+            has_hash = record.time is not None and record.gates.get("hash")
+            if has_hash and self._film_crops is not None:
                 self._film_crops.add(record.path, _crop_hash(record))
 
     def _repair_rejects(self) -> None:
@@ -409,7 +412,7 @@ def _cleaned(rejects: Path) -> set[str]:
         return {
             values["path"]
             for values in map(parse_reject, lines)
-            if values and values.get("cleaned")
+            if values and values.get("cleaned") and "path" in values
         }
 
 

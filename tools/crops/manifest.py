@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,7 @@ import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import MANIFEST
+from pipeline.files import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,15 @@ _REQUIRED = {
     if name not in ("time", "lr", "role")
 }
 _OPTIONAL = {"time": (int, float), "lr": (str,), "role": (str,)}
+_LARGEST = 1 << 62  # bytes, pixels and ns; NumPy's and the tools' counters hold 64 bits
+_HASHES = {"hash": 32, "source_hash": 32, "source_sha256": 32}  # name of a gate -> bytes
+_MEASURES = ("gradient", "sharpness", "source_sharpness", "entropy")
 
 
 def parse_line(line: str | bytes) -> CropRecord | None:
     """Parse a line of a manifest; `None` if it is torn or foreign."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError:  # includes UnicodeDecodeError
         return None
     if (
@@ -65,7 +70,24 @@ def parse_line(line: str | bytes) -> CropRecord | None:
         return None
     if not (_is_inside(values["path"]) and _is_inside(values.get("lr", "lr"))):
         return None
-    return CropRecord(**values)
+    numbers = [value for value in values.values() if isinstance(value, (int, float))]
+    if not all(-_LARGEST <= number <= _LARGEST for number in numbers):
+        return None
+    return CropRecord(**values) if _are_gates(values["gates"]) else None
+
+
+def _are_gates(gates: Mapping[str, object]) -> bool:
+    """Whether measures and hashes are ones that quality.py could have made."""
+    for name, value in gates.items():
+        if name in _HASHES:
+            is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]*", value)
+            if not is_hash or len(value) not in (0, 2 * _HASHES[name]):
+                return False
+        elif name in _MEASURES and (
+            type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST
+        ):
+            return False
+    return True
 
 
 def _is_inside(path: str) -> bool:

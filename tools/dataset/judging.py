@@ -229,7 +229,7 @@ class FileChecker:
 
     def _check_gates(self, gates: Mapping[str, float | str]) -> None:
         rules = self._rules
-        if gates and is_flat(gates, rules.min_gradient):
+        if "gradient" in gates and is_flat(gates, rules.min_gradient):
             raise _GateError(
                 "flat",
                 f"flat: gradient of {gates['gradient']:.3g} gray levels per pixel is below "

@@ -7,7 +7,6 @@ read as sets of keys with 8 bytes per line.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.cli import UserError
+from pipeline.files import open_regular_file, parse_json
 from tools.crops.cutting import parse_reject
 from tools.dataset.sampling import HashSample, KeySet, Tally, bytes_key
 
@@ -118,7 +118,7 @@ def read_quarantine(quarantine: Path, folder: str, seed: int) -> Rejects:
 def _parse_entry(line: bytes) -> Mapping[str, str] | None:
     """Parse a line of a quarantine's report; `None` if it is torn or foreign."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError:
         return None
     is_ours = isinstance(values, dict) and all(
@@ -130,7 +130,7 @@ def _parse_entry(line: bytes) -> Mapping[str, str] | None:
 def _lines(path: Path) -> Iterator[bytes]:
     """Lines of a file; none if it is missing."""
     try:
-        with open(path, "rb") as file:
+        with open_regular_file(path) as file:
             yield from file
     except FileNotFoundError:
         return
@@ -154,7 +154,7 @@ def read_list(path: Path) -> FileList | None:
     """
     names, digest, last, is_ours = FileList(), hashlib.sha256(), b"", True
     try:
-        with open(path, "rb") as file:
+        with open_regular_file(path) as file:
             for line in file:
                 digest.update(line)
                 name = line.rstrip(b"\r\n")

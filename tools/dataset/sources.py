@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 from array import array
@@ -20,6 +19,7 @@ import numpy as np
 from pipeline.cli import UserError
 from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
 from pipeline.data.image_headers import BadImageError, read_header
+from pipeline.files import parse_json
 from tools.crops.cutting import SETTINGS
 from tools.crops.manifest import CropRecord, DatasetHash, iterate_lines
 from tools.crops.quality import MIN_GRADIENT, MIN_SHARPNESS
@@ -231,7 +231,7 @@ class ManifestReader:
 def _read_settings(path: Path) -> Mapping[str, object]:
     """Contents of a dataset.json; empty if it is missing or invalid."""
     try:
-        settings = json.loads(path.read_bytes())
+        settings = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
@@ -299,7 +299,7 @@ def _photos_at(manifest: Path, offsets: list[int]) -> list[str]:
     with open(manifest, "rb") as file:
         for offset in offsets:
             file.seek(offset)
-            names.append(json.loads(file.readline())["photo"])
+            names.append(parse_json(file.readline())["photo"])
     return names
 
 

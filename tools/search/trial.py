@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 
 from pipeline.distributed.launcher import end_with_parent
+from pipeline.files import parse_json
 
 OUTPUT_FILE = "output.txt"
 # Seconds to save after a stop request; longer than launch/local.py waits for its ranks.
@@ -53,7 +53,7 @@ class LogTail:
         found = []
         for line in whole.splitlines():
             with contextlib.suppress(ValueError):
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                     found.append(entry)
         return found
