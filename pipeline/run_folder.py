@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 from pipeline.checkpoint_index import MANIFEST_FILE as MANIFEST_FILE
 from pipeline.cli import UserError
+from pipeline.files import parse_json
 
 RUNS_DIR = Path("runs")
 """Where runs are written and looked for, below the current folder, unless the command line says
@@ -114,8 +115,11 @@ def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
         return False
     if steps[-1] >= total_steps:
         return True
-    state = json.loads((checkpoint_dir(run_dir, steps[-1]) / STATE_FILE).read_text())
-    return 0 < patience <= state["stale_validations"]
+    try:
+        state = parse_json((checkpoint_dir(run_dir, steps[-1]) / STATE_FILE).read_bytes())
+        return 0 < patience <= state["stale_validations"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: the start of the run detects it
+        return False
 
 
 def find_run(root: Path = RUNS_DIR) -> Path:
@@ -227,9 +231,9 @@ def network_file(model: Path | None) -> Path:
 def _best_step(run_dir: Path, newest: int) -> int | None:
     path = checkpoint_dir(run_dir, newest) / STATE_FILE
     try:
-        best = json.loads(path.read_text(encoding="utf-8"))["best_step"]
+        best = parse_json(path.read_bytes())["best_step"]
         return None if best is None else int(best)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{str(path)!r} does not say which step is best ({type(error).__name__}: {error}); "
             "choose --step newest"

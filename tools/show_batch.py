@@ -21,14 +21,14 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.cli import RunError, UserError, run
+from pipeline.cli import RunError, UserError, one_line, run
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations.base import Parameters
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
 from pipeline.data.spec import DataSpec, num_threads
-from pipeline.files import write_atomically
+from pipeline.files import parse_json, write_atomically
 from pipeline.run_folder import (
     DS_CONFIG_FILE,
     FILE_LISTS_DIR,
@@ -228,8 +228,14 @@ def _degrades_on_host(run_dir: Path) -> bool:
     steps = checkpoint_steps(run_dir.expanduser())
     if not steps:
         return True
-    state = json.loads((checkpoint_dir(run_dir.expanduser(), steps[-1]) / STATE_FILE).read_text())
-    return state.get("cpu_degradation") == "host"
+    path = checkpoint_dir(run_dir.expanduser(), steps[-1]) / STATE_FILE
+    try:
+        return parse_json(path.read_bytes()).get("cpu_degradation") == "host"
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}); continue the run, which falls back to an "
+            "earlier step"
+        ) from error
 
 
 def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:
