@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.fault_lives import ROOT, STEPS, Life, Outcome, Run, World
-from pipeline.cli import RunError
-from pipeline.run_folder import CHECKPOINTS_DIR
+from pipeline.cli import UserError
+from pipeline.run_folder import CHECKPOINTS_DIR, MANIFEST_FILE, checkpoint_dir
 
 Family = Callable[[World, random.Random, str], Outcome]
 GUARD = ROOT / "launch" / "cluster" / "guard.py"
@@ -82,6 +81,26 @@ def kill_rank(world: World, draw: random.Random, name: str) -> Outcome:
     outcome = Outcome("kill -9 of the rank", moment, status, life.reported())
     if way == "file" and status != KILLED:
         outcome.wrong.append(f"the run was not killed, but ended with status {status}")
+    return run.conclude(outcome)
+
+
+def kill_rank_again(world: World, draw: random.Random, name: str) -> Outcome:
+    """kill -9 of a run with one rank, up to five times in a row."""
+    run, outcome = Run(world, name), Outcome("kill -9 of the rank, again and again", count=0)
+    moments, before = [], run.logged
+    for _ in range(5):
+        number = draw.randint(1, world.num_file_events[""] // 2)
+        life = run.start(calls={"train.py": [["kill_at_file_event", str(run.run_dir), number]]})
+        outcome.status = life.join()
+        run.count_lost(outcome, before, life)
+        before = run.logged
+        if outcome.status != KILLED:
+            break
+        outcome.count += 1
+        moments.append(str(number))
+    outcome.moment = f"before file operations {', '.join(moments)} of its lives"
+    if outcome.status not in (0, KILLED):
+        outcome.wrong.append(f"ended with status {outcome.status}: {life.printed[-1500:]}")
     return run.conclude(outcome)
 
 
@@ -169,7 +188,8 @@ def disk_error(world: World, draw: random.Random, name: str) -> Outcome:
     # eight saves with at least two of torch's files each
     first = draw.randint(1, 16 if in_torch else world.num_file_events[part])
     errors = ["disk_errors", str(run.run_dir / part), first, times, in_torch]
-    life = run.start(calls={"train.py": [errors]})
+    retry = ["set_constants", "pipeline.training.loop", {"RETRY_SECONDS": 0.3}]
+    life = run.start(calls={"train.py": [retry, errors]})
     where = "torch.save" if in_torch else "file operation"
     outcome = Outcome("EIO", f"{times} times from {where} {first} on", life.join())
     outcome.reported = life.reported(r"Input/output error|\[Errno 5\]")
@@ -183,46 +203,50 @@ def disk_full(world: World, draw: random.Random, name: str) -> Outcome:
     run = Run(world, name)
     size = sum(file.stat().st_size for file in world.straight(1).rglob("*") if file.is_file())
     kib = draw.randint(40, max(80, int(1.2 * size / 1024)))
-    with ExitStack() as stack:
-        folder = run.folder / "disk"
-        folder.mkdir()
-        _mount(folder, kib)
-        stack.callback(_unmount, folder)
-        run.move_to(folder / "run")
-        life = run.start()
-        waited = _relieve(life, folder)
+    then = draw.choice(("space", "space", "SIGINT", "SIGKILL"))
+    with _small_disk(run.folder / "disk", kib) as disk:
+        run.move_to(disk / "run")
+        retry = ["set_constants", "pipeline.training.loop", {"RETRY_SECONDS": 0.3}]
+        life = run.start(calls={"train.py": [retry]})
+        while life.process.poll() is None and "waits and tries again" not in life.printed:
+            time.sleep(0.02)
+        has_waited = life.process.poll() is None
+        if has_waited:
+            time.sleep(draw.uniform(0, 1))
+            if then == "space":
+                _enlarge(disk)
+            else:
+                os.kill(life.pid("train.py"), signal.Signals[then])
         outcome = Outcome("ENOSPC", f"after {kib} KiB", life.join())
-        outcome.reported = life.reported("No space left|disk is full|full disk")
-        if waited:
-            outcome.moment += "; space was made while the run waited"
+        if has_waited:
+            outcome.moment += f"; {then} while the run waits"
+        outcome.reported = life.reported("No space left|space")
         if "Traceback" in life.printed:
             outcome.wrong.append(f"a traceback: {life.printed[-1500:]}")
-        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-        return run.conclude(outcome)
+        _enlarge(disk)
+        run.conclude(outcome)
+        if has_waited and then == "space" and (outcome.status or outcome.lost_steps):
+            outcome.wrong.append("waiting for space has lost steps")
+        return outcome
 
 
-def _mount(folder: Path, kib: int) -> None:
+@contextmanager
+def _small_disk(folder: Path, kib: int) -> Iterator[Path]:
     """Mount a disk of `kib` KiB."""
     if os.geteuid() != 0:
-        raise RunError("a full disk needs root, to mount a small one; choose other families")
+        raise UserError("a full disk needs root, to mount a small one; choose other families")
+    folder.mkdir()
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "campaign", str(folder)], check=True
     )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _unmount(folder: Path) -> None:
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def _relieve(life: Life, folder: Path) -> bool:
-    """Enlarge the disk if the run waits for space; return whether it did."""
-    while life.process.poll() is None:
-        if re.search(r"wait\w* (for|until|up to)", life.printed):
-            time.sleep(0.5)
-            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
-            return True
-        time.sleep(0.05)
-    return False
+def _enlarge(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
 
 
 # --- Stalls, links and clocks ---
@@ -403,8 +427,61 @@ def lose_file(world: World, draw: random.Random, name: str) -> Outcome:
     return run.conclude(outcome)
 
 
+# --- Damaged checkpoints ---
+
+
+def damage_checkpoint(world: World, draw: random.Random, name: str) -> Outcome:
+    """A file of the newest checkpoint, sometimes of the two newest, is changed, cut or lost."""
+    run = Run(world, name)
+    shutil.copytree(world.killed, run.run_dir)
+    newest, previous, *_ = reversed(run.steps())
+    damaged = [newest] if draw.random() < 0.8 else [newest, previous]
+    what = [_damage(checkpoint_dir(run.run_dir, step), draw) for step in damaged]
+    outcome = Outcome(f"damage to {len(damaged)} checkpoints", "; ".join(what))
+    outcome.status = KILLED
+    run.conclude(outcome)
+    if outcome.continued and outcome.resumed_at != max(set(run.world.killed_steps) - {*damaged}):
+        outcome.wrong.append(f"continued from step {outcome.resumed_at}")
+    outcome.reported = next(
+        (line for line in run.last_life.printed.splitlines() if "damaged" in line), ""
+    )
+    return outcome
+
+
+def _damage(folder: Path, draw: random.Random) -> str:
+    """Change one file of a checkpoint; say what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # every second time the index, a small part of the bytes and all of the meaning
+    path = folder / MANIFEST_FILE if draw.random() < 0.5 else draw.choice(files)
+    content, before = bytearray(path.read_bytes()), path.read_bytes()
+    way = draw.choice(
+        ("bit", "bit", "bit", "cut", "zero", "random", "grow", "empty", "gone", "other")
+    )
+    at = draw.randrange(len(content))
+    if way == "bit":
+        content[at] ^= 1 << draw.randrange(8)
+    elif way == "cut":
+        del content[at:]
+    elif way == "zero":
+        content[at : at + 512] = bytes(len(content[at : at + 512]))
+    elif way == "random":
+        content[at : at + 64] = draw.randbytes(len(content[at : at + 64]))
+    elif way == "grow":
+        content[at:at] = draw.randbytes(draw.randint(1, 64))
+    elif way == "other":
+        content = bytearray(draw.choice([file for file in files if file != path]).read_bytes())
+    if way == "gone":
+        path.unlink()
+    else:
+        if way == "empty" or content == before:
+            content.clear()
+        path.write_bytes(content)
+    return f"{way} at byte {at} of {path.relative_to(folder.parent)}"
+
+
 FAMILIES: dict[str, Family] = {
     "rank": kill_rank,
+    "rank-again": kill_rank_again,
     "guarded-rank": kill_guarded_rank,
     "guard": kill_guard,
     "launcher": kill_launcher,
@@ -416,4 +493,5 @@ FAMILIES: dict[str, Family] = {
     "link": cut_link,
     "clock": jump_clock,
     "files": lose_file,
+    "checkpoint": damage_checkpoint,
 }

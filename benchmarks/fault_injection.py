@@ -59,6 +59,13 @@ def on_first_rank(name: str, *arguments: Any) -> None:
         globals()[name](*arguments)
 
 
+def set_constants(module: str, values: dict[str, float]) -> None:
+    """Set constants of a module, such as time limits."""
+    import importlib
+
+    vars(importlib.import_module(module)).update(values)
+
+
 # --- Files ---
 
 
@@ -246,16 +253,6 @@ def jump_clock(seed: int, largest: float) -> None:
 
     time.time_ns = time_ns
     time.time = lambda: time_ns() / 1e9
-
-
-# --- Supervisor ---
-
-
-def set_constants(module: str, values: dict[str, float]) -> None:
-    """Set time limits of a module of launch/cluster."""
-    import importlib
-
-    vars(importlib.import_module(module)).update(values)
 
 
 def supervisor_behind(port_file: str, proxy_port: int) -> None:

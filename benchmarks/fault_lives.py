@@ -45,6 +45,7 @@ class Outcome:
     lost_seconds: float = 0.0  # the time that they had taken
     left: list[str] = field(default_factory=list)  # processes and files afterwards
     wrong: list[str] = field(default_factory=list)  # anything else that breaks the promise
+    count: int = 1  # how many faults it was
 
     @property
     def holds(self) -> bool:
@@ -113,6 +114,16 @@ class Life:
         return (wanted or lines or [""])[-1][:300]
 
 
+def log_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a run's log."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (run_dir / LOG_FILE).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # a line that is being written
+                lines.append(json.loads(line))
+    return lines
+
+
 class World:
     """A dataset, and undisturbed runs to compare with, in `folder`."""
 
@@ -139,6 +150,19 @@ class World:
             }
         )
         return {part: int(file.read_text()) for part, file in files.items()}
+
+    @cached_property
+    def killed(self) -> Path:
+        """The folder of a run that was killed at step 20, with several checkpoints."""
+        run = Run(self, "killed")
+        kill = ["at_step", 20, "send", signal.SIGKILL]
+        run.start(calls={"train.py": [["slow_steps", 0.05], kill]}).join()
+        return run.run_dir
+
+    @property
+    def killed_steps(self) -> list[int]:
+        """The steps of its checkpoints."""
+        return checkpoint_steps(self.killed)
 
     def straight(self, procs: int) -> Path:
         """Return the folder of an undisturbed run with `procs` ranks."""
@@ -175,6 +199,7 @@ class Run:
             dataset or world.dataset, self.run_dir, **{**SCHEDULE, **overrides}
         )
         self.environment: dict[str, str] = {}
+        self.last_life: Life | None = None  # the one that `conclude` has started
 
     @property
     def command(self) -> list[str]:
@@ -221,15 +246,11 @@ class Run:
     @property
     def logged(self) -> dict[int, float]:
         """Step -> time of its line in the log."""
-        return {line["step"]: line["time"] for line in self._lines() if line["event"] == "train"}
-
-    def _lines(self) -> list[dict[str, Any]]:
-        lines = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.run_dir / LOG_FILE).read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError):  # a line that is being written
-                    lines.append(json.loads(line))
-        return lines
+        return {
+            line["step"]: line["time"]
+            for line in log_lines(self.run_dir)
+            if line["event"] == "train"
+        }
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints."""
@@ -262,16 +283,15 @@ class Run:
 
     def differences(self) -> list[str]:
         """Compare checkpoint and log of the last step with those of an undisturbed run."""
-        straight = Run.__new__(Run)
-        straight.run_dir = self.world.straight(self.procs)
-        found = checkpoint_differences(straight.run_dir, self.run_dir, STEPS)
+        straight = self.world.straight(self.procs)
+        found = checkpoint_differences(straight, self.run_dir, STEPS)
         ours, theirs = (
             [
                 (line["event"], line["step"], *(line.get(key) for key in ("loss", "lr", "psnr_y")))
-                for line in run._lines()
+                for line in log_lines(run_dir)
                 if line["event"] in ("train", "validation")
             ]
-            for run in (self, straight)
+            for run_dir in (self.run_dir, straight)
         )
         if ours != theirs:
             found.append(f"log: {sorted(set(ours) ^ set(theirs))[:3]}")
@@ -289,22 +309,32 @@ class Run:
 
         `calls`: what goes on happening in its scripts.
         """
+        outcome.left = [item for item in self.left() if item.startswith("process")]
         before = self.logged
-        outcome.left = [
-            item for item in self.left() if item.startswith("process")
-        ]  # files may stay until the next start
         try:
-            life = self.finish(calls=calls)
+            life = self.last_life = self.finish(calls=calls)
         except RunError as error:
             outcome.differences = [str(error)[-1500:]]
             return outcome
         outcome.continued = True
+        self.count_lost(outcome, before, life)
+        outcome.differences = self.differences()
+        # What a kill has left in `checkpoints` goes with the next save, if there is one.
+        is_over = outcome.resumed_at == STEPS
+        outcome.left += [
+            item for item in self.left() if not (is_over and item.startswith("run/checkpoints/"))
+        ]
+        return outcome
+
+    def count_lost(self, outcome: Outcome, before: dict[int, float], life: Life) -> None:
+        """Compare the log `before` a life with the step from which it continued."""
         resumed = re.search(r"continuing from step (\d+)|is finished at step (\d+)", life.printed)
+        if not resumed and "global batch" not in life.printed:
+            return  # killed before it got there
         first = outcome.resumed_at = int(resumed[1] or resumed[2]) if resumed else 0
         last = max(before, default=0)
-        outcome.lost_steps = max(0, last - first)
-        if before and first < last:
-            outcome.lost_seconds = round(before[last] - before.get(first, min(before.values())), 3)
-        outcome.differences = self.differences()
-        outcome.left += self.left()
-        return outcome
+        outcome.lost_steps = max(outcome.lost_steps, last - first)
+        if first < last:
+            # The line of `first` may be an earlier life's.
+            seconds = before[last] - before.get(first + 1, before[last])
+            outcome.lost_seconds = max(outcome.lost_seconds, round(seconds, 3))

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,9 @@ import tyro
 from benchmarks.fault_families import FAMILIES
 from benchmarks.fault_lives import Outcome, World
 from pipeline.cli import RunError, UserError, counted, nearest, run
+
+REPORT = re.compile("error|warning|stopped|Timeout|checkpoint|note")
+LONGEST = 120  # characters of a report in the table
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,12 @@ class Options:
 
 def inject(world: World, family: str, seed: int, numbers: Iterable[int]) -> Iterator[dict]:
     """Inject these faults of a family; yield their records."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()  # empty without git
     for number in numbers:
         draw = random.Random(f"{family}/{seed}/{number}")
         name, began = f"{family}-{number}", time.monotonic()
@@ -69,6 +79,7 @@ def inject(world: World, family: str, seed: int, numbers: Iterable[int]) -> Iter
             "number": number,
             **outcome.as_dict(),
             "took": round(time.monotonic() - began, 1),
+            "commit": commit,
         }
 
 
@@ -85,29 +96,43 @@ def read(results: Path) -> list[dict[str, Any]]:
 def table(records: list[dict[str, Any]]) -> str:
     """Return the table of results, in Markdown."""
     rows = [
-        "| fault | count | promise held | steps lost, median and most | seconds lost, most | "
-        "exit status | reported, most often |",
+        "| fault | count | held | steps lost: median, most | seconds lost: most | exit status "
+        "(times) | reported most often |",
         "|---|---|---|---|---|---|---|",
     ]
     for family in dict.fromkeys(record["family"] for record in records):
         own = [record for record in records if record["family"] == family]
         steps = sorted(record["lost_steps"] for record in own)
         statuses = Counter(str(record["status"]) for record in own)
-        texts = Counter(_general(record["reported"]) for record in own)
-        rows.append(
-            f"| {family} | {len(own)} | {sum(record['holds'] for record in own)} | "
-            f"{steps[len(steps) // 2]} and {steps[-1]} | "
-            f"{max(record['lost_seconds'] for record in own):.1f} | "
-            f"{', '.join(f'{status} ({number})' for status, number in statuses.most_common())} | "
-            f"{texts.most_common(1)[0][0]} |"
-        )
-    held = sum(record["holds"] for record in records)
-    return "\n".join([*rows, "", f"{len(records):,} faults; the promise held for {held:,}."])
+        reports = Counter(filter(None, (_report(record["reported"]) for record in own)))
+        about = (FAMILIES[family].__doc__ or "").splitlines()[:1] if family in FAMILIES else []
+        cells = [
+            ": ".join([f"`{family}`", *about]).rstrip("."),
+            _count(own),
+            _count([record for record in own if record["holds"]]),
+            f"{steps[len(steps) // 2]}, {steps[-1]}",
+            f"{max(record['lost_seconds'] for record in own):.1f}",
+            ", ".join(f"{status} ({number})" for status, number in statuses.most_common()),
+            reports.most_common(1)[0][0] if reports else "-",
+        ]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    held = _count([record for record in records if record["holds"]])
+    return "\n".join([*rows, "", f"{_count(records):,} faults; the promise held for {held:,}."])
 
 
-def _general(text: str) -> str:
-    """Return a message without the numbers and paths that differ from run to run."""
-    return re.sub(r"\d[\d.,]*", "N", re.sub(r"/\S+/", "…/", text)).replace("|", "/")
+def _count(records: list[dict[str, Any]]) -> int:
+    return sum(record.get("count", 1) for record in records)
+
+
+def _report(text: str) -> str:
+    """Return a report as code, without the numbers and paths that differ from run to run.
+
+    "" for a line that only shows progress.
+    """
+    if not REPORT.match(text):
+        return ""
+    text = re.sub(r"\d[\d.,]*", "N", re.sub(r"/\S+/", "…/", text)).replace("|", "/")
+    return f"`{text if len(text) <= LONGEST else text[:LONGEST] + '…'}`"
 
 
 def main(options: Options) -> int:

@@ -74,7 +74,7 @@ def test_a_campaign_continues_where_it_stopped(
     capsys.readouterr()
     assert faults.main(faults.Options(results=results, table=True)) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[2] == "| fake | 3 | 3 | 2 and 4 | 0.0 | 0 (3) | error: …/c, step N |"
+    assert printed[2] == "| `fake` | 3 | 3 | 2, 4 | 0.0 | 0 (3) | `error: …/c, step N` |"
     assert printed[-1] == "3 faults; the promise held for 3."
 
 
