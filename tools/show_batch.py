@@ -37,6 +37,7 @@ from pipeline.run_folder import (
     checkpoint_dir,
     checkpoint_steps,
 )
+from pipeline.training.healing import History
 from pipeline.training.options import TrainOptions, TrainPlan, make_plan
 from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 from tools.images import encode
@@ -256,7 +257,10 @@ def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:
 
 
 def _numbers(options: Options, batch: int) -> Sequence[int]:
-    """Numbers of the samples to show; an optimizer step has `batch` of them."""
+    """Numbers of the samples to show; an optimizer step has `batch` of them.
+
+    A run that has gone back after a divergence has passed over some.
+    """
     given = [
         f"--{name} {getattr(options, name)}"
         for name in ("first", "step", "count")
@@ -273,7 +277,12 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
         raise UserError(f"--step {options.step}: must be at least 1 (the first step of a run)")
     if options.count is not None and options.count < 1:
         raise UserError(f"--count {options.count}: must be at least 1")
-    first = options.first or 0 if options.step is None else (options.step - 1) * batch
+    history = History.of(options.run.expanduser()) if options.run else History()
+    first = (
+        options.first or 0
+        if options.step is None
+        else history.data_update(options.step - 1) * batch
+    )
     count = options.count or (DEFAULT_COUNT if options.step is None else batch)
     numbers = options.sample or range(first, first + count)
     for number in (*options.sample, numbers[0], numbers[-1]):

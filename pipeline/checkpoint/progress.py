@@ -5,9 +5,10 @@ Imports no torch, so that a finished run is reported without importing it.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ class Progress:
     kernel: str = ""
     # What makes LR on a CPU: host, or dali as in runs of versions that do not record it.
     cpu_degradation: str = "dali"
+    # The rest is for runs that go back when they diverge, see `pipeline/training/healing.py`.
+    healthy_step: int | None = None  # newest checkpoint after which the rule held for a window
+    candidate_step: int | None = None  # a later checkpoint whose window has not passed yet
+    returns: int = 0  # times the run had gone back to an earlier step before this checkpoint
+    health: dict[str, Any] = field(default_factory=dict)  # what the health rule remembers
+
+    @property
+    def pinned_steps(self) -> set[int]:
+        """Checkpoints that must be kept besides the newest ones."""
+        steps = (self.best_step, self.healthy_step, self.candidate_step)
+        return {step for step in steps if step is not None}
 
     def is_finished(self, total_steps: int, patience: int) -> bool:
         """Whether all steps are done and validated, or `patience` (0: unlimited) is used up."""
@@ -42,25 +54,23 @@ class Progress:
 
     def copy(self) -> Progress:
         """Return a copy that does not change while the run continues."""
-        return replace(
-            self, best_scores=None if self.best_scores is None else dict(self.best_scores)
-        )
+        return copy.deepcopy(self)
 
     def as_state(self) -> dict[str, Any]:
         """Return plain values, with one key per best score; psnr and lpips are always present."""
         state: dict[str, Any] = {}
-        for field in fields(self):
-            if field.name == "best_scores":
+        for part in fields(self):
+            if part.name == "best_scores":
                 scores = {"psnr_y": None, "lpips": None, **(self.best_scores or {})}
                 state |= {f"best_{METRICS[name].key}": value for name, value in scores.items()}
             else:
-                state[field.name] = getattr(self, field.name)
+                state[part.name] = getattr(self, part.name)
         return state
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Progress:
         """Build from plain values of any version; drop scores of metrics that no longer exist."""
-        known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
+        known = {part.name: state[part.name] for part in fields(Progress) if part.name in state}
         scores = {
             name: state[f"best_{metric.key}"]
             for name, metric in METRICS.items()

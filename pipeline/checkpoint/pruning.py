@@ -42,8 +42,16 @@ def prune(run_dir: Path, keep: int, also: Collection[int | None] = ()) -> list[s
                 notes.append(f"{folder.path} could not be read: {error}")
     for folder in intact[:-keep]:
         if folder.step not in also:
-            notes += _attempt(lambda path=folder.path: _remove_checkpoint(path))
+            notes += _attempt(lambda path=folder.path: remove_checkpoint(path))
     return notes
+
+
+def remove_checkpoint(folder: Path) -> list[str]:
+    """Remove the checkpoint `folder`. Raises `OSError` if it cannot be renamed."""
+    # One rename takes it from the list of checkpoints: it is never half there, also after a kill.
+    removed = folder.with_name(REMOVED + folder.name)
+    folder.rename(removed)
+    return _remove_folder(removed)
 
 
 def tidy(run_dir: Path) -> list[str]:
@@ -133,13 +141,6 @@ def set_aside(path: Path, fault: str) -> str:
     return (
         f"{path.name} in {path.parent} is not an intact checkpoint ({fault}); it is now {kept.name}"
     )
-
-
-def _remove_checkpoint(folder: Path) -> list[str]:
-    # One rename takes it from the list of checkpoints: it is never half there, also after a kill.
-    removed = folder.with_name(REMOVED + folder.name)
-    folder.rename(removed)
-    return _remove_folder(removed)
 
 
 def _remove_folder(folder: Path) -> list[str]:

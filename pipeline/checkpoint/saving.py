@@ -290,7 +290,7 @@ class Saver:
         # not leave fewer than `keep`.
         if writers.is_first:
             self._notes += remove_replaced(final)
-            self._notes += prune(place.run_dir, place.keep, {moment.progress.best_step})
+            self._notes += prune(place.run_dir, place.keep, moment.progress.pinned_steps)
 
 
 def _reserve(snapshot: Snapshot) -> None:

@@ -26,7 +26,7 @@ from pydantic import (
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
-from pipeline.config.specs import AdversarialSpec, NetworkSpec, PreviewsSpec
+from pipeline.config.specs import AdversarialSpec, HealingSpec, NetworkSpec, PreviewsSpec
 from pipeline.data.spec import DataSpec
 from pipeline.files import read_regular_file, write_atomically
 from pipeline.installation import find_file, recipe_names
@@ -45,6 +45,7 @@ FREE_FIELDS = frozenset(
         "keep",
         "previews",
         "histograms",
+        "healing",
         "activation_checkpointing",
         "data.threads",
         "data.prefetch",
@@ -269,6 +270,7 @@ class Recipe(Spec):
     keep: int = Field(2, ge=2, description="number of newest checkpoints kept, besides the best")
     log_every: int = Field(50, gt=0, description="steps between log lines")
     previews: PreviewsSpec = PreviewsSpec()
+    healing: HealingSpec = HealingSpec()
     histograms: int = Field(
         0,
         ge=0,

@@ -112,6 +112,48 @@ class AdversarialSpec(Spec):
         return self
 
 
+class HealingSpec(Spec):
+    """When a run goes back to an earlier step because it has diverged, and what it changes."""
+
+    times: int = Field(
+        5,
+        ge=0,
+        le=100,
+        description="how often in a row, without a new healthy checkpoint, a diverged run goes "
+        "back before it ends; 0: never",
+    )
+    window: int = Field(
+        200,
+        ge=10,
+        description="steps without a violation after which a checkpoint counts as healthy",
+    )
+    rate_factor: Number = Field(
+        0.5, gt=0, le=1, description="factor of the learning rate after going back"
+    )
+    rate_steps: int = Field(2000, ge=0, description="steps for which that factor holds")
+    loss_rise: Number = Field(
+        5.0, gt=1, description="factor by which the loss may rise over earlier blocks of 10 steps"
+    )
+    psnr_drop: Number = Field(
+        3.0,
+        gt=0,
+        description="dB by which PSNR-Y may fall below the validations before; twice that for GANs",
+    )
+    saturation: int = Field(
+        500, ge=10, description="steps for which a discriminator may be right about everything"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_switch(cls, value: Any) -> Any:
+        switches = {False: {"times": 0}, "off": {"times": 0}, True: {}, "on": {}}
+        return switches.get(value, value) if isinstance(value, (bool, str)) else value
+
+    @property
+    def is_on(self) -> bool:
+        return self.times > 0
+
+
 class PreviewsSpec(Spec):
     """Pictures that are upscaled repeatedly while the network learns."""
 

@@ -28,13 +28,17 @@ class Position(NamedTuple):
     rank: int
     world_size: int
     micro_batch: int
+    # Where the stream passes over samples: (first, count) for each gap, `first` counted as if there
+    # were no gaps. Gaps begin and end where updates do.
+    gaps: tuple[tuple[int, int], ...] = ()
 
     def first_sample(self, index: int) -> int:
         """Return the number of the first sample of this rank's micro-batch number `index`."""
         # Ranks take neighbouring micro-batches. With a global batch of B, update number u therefore
         # uses the B samples from u * B on, however B is divided into ranks, micro-batches and
         # accumulation. This is why a run may continue on another number of ranks.
-        return (index * self.world_size + self.rank) * self.micro_batch
+        sample = (index * self.world_size + self.rank) * self.micro_batch
+        return sample + sum(count for first, count in self.gaps if first <= sample)
 
 
 class Skip(NamedTuple):
@@ -73,7 +77,7 @@ class CropSource:
 
     With `degrades_on_host` (CPU graphs only), LR is made by the degradation's own host chain if it
     has one. `columns` then omits the arrays that the graph would need for it, and `degraded`
-    returns what was drawn.
+    returns what was drawn. The samples in `excluded` are made from another file.
     """
 
     def __init__(
@@ -86,8 +90,10 @@ class CropSource:
         position: Position,
         lr_paths: Sequence[str] | None = None,
         degrades_on_host: bool = False,
+        excluded: frozenset[int] = frozenset(),
     ) -> None:
         self.sampler, self.spec, self.scale, self.position = sampler, spec, scale, position
+        self.excluded = excluded
         self.crop, threads = spec.crop, num_threads(spec.threads)
         self.cache = (
             ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch)
@@ -135,6 +141,7 @@ class CropSource:
         seed: int,
         position: Position,
         degrades_on_host: bool = False,
+        excluded: frozenset[int] = frozenset(),
     ) -> CropSource:
         """Build the source for a dataset as the recipe's data section asks for."""
         sampler = Sampler(
@@ -152,6 +159,7 @@ class CropSource:
             position=position,
             lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None,
             degrades_on_host=degrades_on_host,
+            excluded=excluded,
         )
 
     def micro_batches(self, index: int) -> Iterator[tuple[Any, ...]]:
@@ -300,6 +308,8 @@ class CropSource:
     ) -> tuple[Sample, Part, Part]:
         """Make a sample from its file, or from a replacement if that file is bad."""
         number, file = int(draws.samples[i]), int(draws.files[i])
+        if number in self.excluded:
+            file = self.sampler.replacement(number, MAX_ATTEMPTS)
         skipped: list[Skip] = []
         for attempt in range(MAX_ATTEMPTS):
             try:

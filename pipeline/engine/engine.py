@@ -78,6 +78,8 @@ class Engine(Protocol):
 
     before_update: list[Callable[[], None]]
     """Called between the last backward pass of an update and the update."""
+    rate: RateFactor
+    """Lowers the learning rate below what the schedule sets."""
     weights: list[Tensor]
     """What the optimizer updates, in the order of `module.parameters()`: FP32 masters if the
     network has 16-bit weights, or the parameters themselves if no rank holds a whole master."""
@@ -154,8 +156,42 @@ def build_engine(
     with quiet():
         if runtime == "accelerate":
             check_accelerate(ds_config)
-            return AccelerateEngine(module, optimizer, schedule, ds_config, ranks)
-        return DeepSpeedEngine(module, optimizer, schedule, ds_config, ranks)
+            engine: Any = AccelerateEngine(module, optimizer, schedule, ds_config, ranks)
+        else:
+            engine = DeepSpeedEngine(module, optimizer, schedule, ds_config, ranks)
+    engine.rate = RateFactor(optimizer)
+    return engine
+
+
+class RateFactor:
+    """A factor of an optimizer's learning rate, on top of its schedule.
+
+    It is applied around the optimizer's own step and undone after it, so that neither the schedule,
+    some of which derive a rate from the one before, nor a checkpoint ever sees it. At 1, as nearly
+    always, nothing is done.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.value = 1.0
+        self._optimizer, self._rates = optimizer, [0.0]
+        self._is_hooked = False
+
+    def set(self, value: float) -> None:
+        """Set the factor of all following updates, above 0."""
+        self.value = value
+        if value != 1 and not self._is_hooked:
+            self._is_hooked = True
+            self._optimizer.register_step_pre_hook(self._lower)
+            self._optimizer.register_step_post_hook(self._restore)
+
+    def _lower(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.value
+
+    def _restore(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
 
 
 def _schedule(

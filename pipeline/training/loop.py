@@ -23,11 +23,14 @@ from pipeline.metrics import text_of
 from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
 from pipeline.run_folder import announce_end
+from pipeline.training.healing import DivergedError
+from pipeline.training.health import HealthRule, Violation
 from pipeline.training.memory import explain_out_of_memory
 from pipeline.training.meter import SkippedFiles, TrainMeter
 from pipeline.training.reporting import Reporter
 from pipeline.training.saved_run import nothing_left
 from pipeline.training.setup import Run
+from pipeline.training.trainers import indifferent_loss
 from pipeline.training.validation import is_better
 
 RETRY_SECONDS = 5  # between two tries of a run's last save
@@ -47,6 +50,10 @@ class Training:
             run.ranks,
         )
         self.loader: Loader | None = None
+        self.agreement = Agreement(self.ranks)
+        self._rule = HealthRule(
+            self.recipe.healing, indifferent_loss(run.trainer), run.progress.health
+        )
         self.last_save = time.perf_counter()
         self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
         self._spill, self._spilled = self._spill_folder(), ""
@@ -70,7 +77,10 @@ class Training:
         self.console.close()
 
     def train(self) -> int:
-        """Train until the last step, the end of patience or a signal. Returns the exit status."""
+        """Train until the last step, the end of patience or a signal. Returns the exit status.
+
+        Raises `DivergedError` on all ranks, before anything of the divergence is saved.
+        """
         recipe, progress, trainer = self.recipe, self.progress, self.run.trainer
         if self._is_finished():
             self.console.say(nothing_left(self.plan, progress.step))
@@ -78,7 +88,6 @@ class Training:
         if self.reporter:
             self.reporter.begin()
         began, first, agreed = time.perf_counter(), progress.step + 1, Request()
-        agreement = Agreement(self.ranks)
         meter = TrainMeter(
             self.ranks, self.plan.total_steps, self.plan.ds_config["train_batch_size"]
         )
@@ -95,6 +104,8 @@ class Training:
             and progress.step < self.plan.total_steps
             and not progress.is_out_of_patience(recipe.patience)
         ):
+            for name, engine in trainer.engines.items() if self.run.history.returns else ():
+                engine.rate.set(self.run.history.rate_factor(name, progress.step))
             with self._gradients() as gradients:
                 for _ in range(self.run.accumulation):
                     # Accumulation may make a step long, so each micro-batch counts as progress.
@@ -104,15 +115,23 @@ class Training:
                     batch = next(loader)
                     self._skips += batch.skipped
                     with explain_out_of_memory(self.plan, self.ranks):
-                        meter.add(trainer.step(batch, progress.step), batch.index)
+                        meter.add(trainer.step(batch, progress.step))
             # Counted even if the update was skipped: the step is also the position in the data,
             # which must move on, and gradients are checked after they are summed, so that all ranks
             # skip the same ones.
             progress.step += 1
             # Whether the update was skipped stays on the device until the meter is read. Asking
             # here would make each FP32 step wait for the GPU.
+            learners = trainer.learners(progress.step - 1)
             meter.end_step(
-                progress.step, step_was_skipped(trainer.learners(progress.step - 1)), loader
+                progress.step,
+                step_was_skipped(learners),
+                {
+                    name: engine.gradient_norm
+                    for name, engine in trainer.engines.items()
+                    if engine in learners
+                },
+                loader,
             )
             self._log_notes(loader)
             self._watchdog.feed()
@@ -132,10 +151,12 @@ class Training:
             # Ranks must leave the loop at the same step, or those that are left would wait for the
             # others' gradients. Requests travel between ranks while the next step computes and take
             # effect one step late, so that no step waits for them.
-            agreed = agreement.exchange(self._request(loader))
+            agreed = self.agreement.exchange(self._request(loader))
             self._warn_about(self._saver.poll())
             # Reading the meter waits for the device and gathers over ranks, so not every step does
             # it.
+            if meter.is_full:
+                self._judge(meter)
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
             # None of this counts as training time. The order matters: a validation comes before the
@@ -157,12 +178,16 @@ class Training:
                     or agreed.kind == RequestKind.SAVE
                     or progress.step % recipe.save_every == 0
                 ):
+                    self._judge(meter)
+                    if progress.step % recipe.save_every == 0 and progress.candidate_step is None:
+                        progress.candidate_step = progress.step
                     self._save()
                 if not agreed.ends_training:
                     self._show_previews()
         # The last request is still being exchanged, and may be more urgent than the one that ended
         # the loop. After a failure, too, the finished steps are saved before it is raised.
-        agreed = max(agreed, agreement.finish())
+        agreed = max(agreed, self.agreement.finish())
+        self._judge(meter)
         if self.ranks.is_first:
             announce_end(self.plan.home)
         self._save(must=True)
@@ -215,6 +240,7 @@ class Training:
 
     def _epoch(self, step: int) -> int:
         """Return how many whole epochs are complete after `step` updates."""
+        step = self.run.history.data_update(step)
         return step * self.plan.ds_config["train_batch_size"] // self.plan.epoch_length
 
     def _report_skips(self) -> None:
@@ -295,25 +321,36 @@ class Training:
         return is_point and self.progress.validated_step != step
 
     def _log(self, meter: TrainMeter, loader: Loader) -> None:
+        self._judge(meter)
         values = meter.read(self.progress.step, loader)
-        # These counters were gathered, so all ranks raise at the same step.
-        if values.has_diverged:
-            files = ", ".join(dict.fromkeys(loader.source.files_of(values.bad_batch)))
-            raise RunError(
-                f"training has diverged: the last {values.skipped_run} updates were skipped "
-                "because of non-finite gradients, and the loss was not finite in the last "
-                f"{values.bad_loss_run} updates (last seen with {files}); start again with a "
-                "smaller ds.optimizer.params.lr"
-            )
         # Read on all ranks, including those that do not log: reading empties DeepSpeed's lists.
         comms = read_comms() if self.plan.counts_comms else {}
         if self.reporter:
             step = self.progress.step
             self.reporter.log(
-                values, step * self.plan.ds_config["train_batch_size"] / self.plan.epoch_length
+                values,
+                self.run.history.data_update(step)
+                * self.plan.ds_config["train_batch_size"]
+                / self.plan.epoch_length,
             )
             if comms:
                 self.reporter.journal.log("comms", step, comms)
+
+    def _judge(self, meter: TrainMeter) -> None:
+        """Apply the health rule to the updates since the last call; raise `DivergedError`.
+
+        Waits for the device. All ranks call it together and reach the same verdict.
+        """
+        self._take_verdict(self._rule.judge(meter.drain()))
+
+    def _take_verdict(self, violation: Violation | None) -> None:
+        progress = self.progress
+        progress.health = self._rule.state
+        if violation is not None:
+            raise DivergedError(violation, progress)
+        candidate = progress.candidate_step
+        if candidate is not None and progress.step >= candidate + self.recipe.healing.window:
+            progress.healthy_step, progress.candidate_step = candidate, None
 
     def _validate(self) -> bool:
         """Score the averaged weights; return True if they are the best so far.
@@ -325,9 +362,10 @@ class Training:
         if scores is None:
             return False
         progress = self.progress
+        before, progress.validated_step = progress.validated_step, progress.step
         # Recorded whatever the scores: a run that continues from this step must not validate it
         # again, which would count twice against `patience`.
-        progress.validated_step = progress.step
+        self._take_verdict(self._rule.judge_validation(scores, progress.step, before))
         is_best = is_better(scores, progress.best_scores, self.recipe.best)
         if is_best:
             progress.best_scores, progress.best_step = scores, progress.step

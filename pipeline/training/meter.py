@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,19 +17,17 @@ from pipeline.data.loader import Loader
 from pipeline.data.source import Skip
 from pipeline.distributed.ranks import Ranks
 from pipeline.monitor.journal import duration
+from pipeline.training.health import StepFacts
 from pipeline.training.trainers import StepResult
 
-# Consecutive updates with a non-finite loss on some rank after which a run has diverged.
-BAD_LOSS_LIMIT = 10
-# Consecutive skipped updates, likewise: more than FP16 ever needs to find its loss scale.
-SKIPPED_LIMIT = 50
+MOST_PENDING = 500  # updates whose values may wait on the device to be read
 
 
 @dataclass(frozen=True)
 class Reading:
     """Measurements since the previous reading.
 
-    All but `data_wait`, `data_wait_worst` and `bad_batch` are equal on all ranks.
+    All but `data_wait` and `data_wait_worst` are equal on all ranks.
     """
 
     # The generator's terms, weighted; means over batches and ranks. Empty if it did not learn.
@@ -39,13 +37,6 @@ class Reading:
     data_wait: float  # share of this rank's time spent waiting for the loader, 0 to 1
     data_wait_worst: float  # the largest such share of a single step
     remaining_seconds: float
-    skipped_run: int  # consecutive skipped updates, up to now
-    bad_loss_run: int  # consecutive updates with a non-finite loss, up to now
-    bad_batch: int  # index of this rank's last micro-batch with a non-finite loss
-
-    @property
-    def has_diverged(self) -> bool:
-        return self.bad_loss_run >= BAD_LOSS_LIMIT or self.skipped_run >= SKIPPED_LIMIT
 
     def as_dict(self) -> dict[str, Any]:
         whole = {"loss": sum(self.losses.values())} if self.losses else {}
@@ -72,35 +63,53 @@ class Reading:
         return f"loss {loss}{speed}"
 
 
+class _Pending(NamedTuple):
+    """An update whose values are still on the device."""
+
+    step: int
+    keys: tuple[tuple[str, str], ...]  # kind (loss or statistic) and name of each value
+    values: Tensor  # means over this rank's micro-batches
+    was_skipped: Tensor | bool
+    norms: dict[str, Tensor | float]
+
+
 class TrainMeter:
-    """Sums losses and counts trouble on the device; only `read` synchronises with it."""
+    """Collects what every update shows on the device; only `drain` and `read` wait for it."""
 
     def __init__(self, ranks: Ranks, total_steps: int, global_batch: int) -> None:
         self._ranks, self._total_steps, self._global_batch = ranks, total_steps, global_batch
-        self._sums: dict[tuple[str, str], Tensor] = {}  # by kind and name
-        self._counts: Counter[tuple[str, str]] = Counter()
-        # Consecutive skipped updates, consecutive updates with a non-finite loss, and the index of
-        # the last micro-batch with such a loss.
-        self._trouble = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-        self._bad_loss = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        # Of the update in progress: keys -> sum over micro-batches, and their number.
+        self._sums: dict[tuple[tuple[str, str], ...], tuple[Tensor, int]] = {}
+        self._pending: list[_Pending] = []
+        self._facts: list[StepFacts] = []  # since the last reading
         self._began: float | None = None
 
-    def add(self, result: StepResult, index: int) -> None:
-        """Add the result of micro-batch `index`."""
+    def add(self, result: StepResult) -> None:
+        """Add the result of a micro-batch."""
         values = {("loss", name): loss for name, loss in result.losses.items()}
         values |= {("statistic", name): value for name, value in result.statistics.items()}
-        for key, value in values.items():
-            self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
-            self._counts[key] += 1
-        bad = ~torch.isfinite(torch.stack(list(values.values())).sum())
-        self._bad_loss = torch.maximum(self._bad_loss, bad.long())
-        self._trouble[2] = torch.where(bad, index, self._trouble[2])
+        keys, vector = tuple(values), torch.stack(list(values.values()))
+        known = self._sums.get(keys)
+        self._sums[keys] = (vector, 1) if known is None else (known[0] + vector, known[1] + 1)
 
-    def end_step(self, step: int, skipped: Tensor | bool, loader: Loader) -> None:
-        """Count an update. The clock starts after the first one, which includes compilation."""
-        self._trouble[0] = (self._trouble[0] + 1) * skipped
-        self._trouble[1] = (self._trouble[1] + 1) * self._bad_loss
-        self._bad_loss = torch.zeros_like(self._bad_loss)
+    def end_step(
+        self,
+        step: int,
+        skipped: Tensor | bool,
+        norms: Mapping[str, Tensor | float],
+        loader: Loader,
+    ) -> None:
+        """Record an update. The clock starts after the first one, which includes compilation.
+
+        `norms`: of the gradients of the engines that learned, by engine.
+        """
+        ((keys, (total, count)),) = self._sums.items()  # an update's micro-batches are alike
+        self._sums = {}
+        # A copy of the flag, because the engine overwrites its own in the next update.
+        skipped = skipped.float() if isinstance(skipped, Tensor) else skipped
+        self._pending.append(
+            _Pending(step, keys, total / count if count > 1 else total, skipped, dict(norms))
+        )
         now, waited = time.perf_counter(), loader.waited_seconds
         if self._began is None:
             self._began, self._waited, self._step, self._worst_wait = now, waited, step, 0.0
@@ -108,6 +117,11 @@ class TrainMeter:
             share = (waited - self._waited_before) / max(now - self._step_began, 1e-9)
             self._worst_wait = max(self._worst_wait, min(1.0, share))
         self._step_began, self._waited_before = now, waited
+
+    @property
+    def is_full(self) -> bool:
+        """Whether enough updates wait on the device that `drain` should be called."""
+        return len(self._pending) >= MOST_PENDING
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -118,34 +132,67 @@ class TrainMeter:
             self._began += time.perf_counter() - began
             self._step_began += time.perf_counter() - began
 
-    def read(self, step: int, loader: Loader) -> Reading:
-        """Return the measurements since the last reading.
+    def drain(self) -> list[StepFacts]:
+        """Return the updates recorded since the last call.
 
-        Waits for the device. All ranks call it together.
+        Waits for the device, once. All ranks call it together.
         """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        values = [
+            value.detach().reshape(-1).float() if isinstance(value, Tensor) else [float(value)]
+            for update in pending
+            for value in (update.values, update.was_skipped, *update.norms.values())
+        ]
+        # All that is on the device in one vector, so that it is asked once.
+        there = torch.cat([value for value in values if isinstance(value, Tensor)]).cpu()
+        sizes = [len(value) for value in values if isinstance(value, Tensor)]
+        read = iter(there.double().split(sizes))
+        own = [next(read).numpy() if isinstance(value, Tensor) else value for value in values]
+        shares = self._ranks.gather(np.concatenate(own))
+        means = (sum(shares) / len(shares)).tolist()
+        facts, start = [], 0
+        for update in pending:
+            of: dict[str, dict[str, float]] = {"loss": {}, "statistic": {}}
+            for (kind, name), mean in zip(update.keys, means[start:], strict=False):
+                of[kind][name] = mean
+            start += len(update.keys)
+            was_skipped, *norms = means[start : start + 1 + len(update.norms)]
+            start += 1 + len(update.norms)
+            facts.append(
+                StepFacts(
+                    update.step,
+                    of["loss"],
+                    of["statistic"],
+                    bool(was_skipped),
+                    dict(zip(update.norms, norms, strict=True)),
+                )
+            )
+        self._facts += facts
+        return facts
+
+    def read(self, step: int, loader: Loader) -> Reading:
+        """Return the measurements since the last reading, of the updates that `drain` returned."""
         assert self._began is not None
-        sums = torch.stack(list(self._sums.values())).double().cpu()
-        means = (sums / torch.tensor([self._counts[key] for key in self._sums])).tolist()
-        shares = self._ranks.gather((means, *self._trouble.tolist()))
-        of: dict[str, dict[str, float]] = {"loss": {}, "statistic": {}}
-        for i, (kind, name) in enumerate(self._sums):
-            of[kind][name] = sum(share[0][i] for share in shares) / len(shares)
+        assert not self._pending, "drain() must be called before"
+        losses, statistics = (
+            _means(getattr(facts, kind) for facts in self._facts)
+            for kind in ("losses", "statistics")
+        )
         now = time.perf_counter()
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
         # The first step of a process is not timed.
         rate = steps / elapsed if steps else float("nan")
         reading = Reading(
-            of["loss"],
-            of["statistic"],
+            losses,
+            statistics,
             rate * self._global_batch,
             min(1.0, (loader.waited_seconds - self._waited) / elapsed),
             self._worst_wait,
             (self._total_steps - step) / rate,
-            max(share[1] for share in shares),
-            max(share[2] for share in shares),
-            self._trouble[2].item(),
         )
-        self._sums, self._counts = {}, Counter()
+        self._facts = []
         self._began, self._waited, self._step, self._worst_wait = (
             now,
             loader.waited_seconds,
@@ -153,6 +200,15 @@ class TrainMeter:
             0.0,
         )
         return reading
+
+
+def _means(tables: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each key over the tables that have it."""
+    found: dict[str, list[float]] = {}
+    for table in tables:
+        for name, value in table.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 # Bad files that training skipped: counted over all ranks, each named once.

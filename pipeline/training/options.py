@@ -76,6 +76,9 @@ class TrainOptions:
     reset: bool = False
     """Start a new run; the old one is moved to <output-dir>.bak-<time> (inside <output-dir> if that
     is a mount point), never deleted."""
+    from_step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None
+    """Continue from this checkpoint of the run instead of the newest; later ones are kept as
+    checkpoints/left-step-N."""
     max_epochs: int | None = None
     """Stop after this many passes over the training list, or after the recipe's steps if sooner."""
     patience: int | None = None
@@ -112,6 +115,7 @@ class TrainPlan:
     watchdog_minutes: float = 10
     wandb: str | None = None  # a Weights & Biases project
     spill_dir: Path | None = None
+    from_step: int | None = None  # the checkpoint to continue from, if not the newest
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -222,6 +226,13 @@ def _stage_plan(
     # Reading lists of millions of files takes seconds: stages with the same data share them.
     is_read = before is not None and before.recipe.data == recipe.data
     dataset = before.dataset if before is not None and is_read else _dataset(options, recipe)
+    if options.from_step is not None and (options.reset or options.from_step < 1):
+        raise UserError(
+            f"--from-step {options.from_step} continues a run, but --reset starts a new one; give "
+            "only one"
+            if options.reset
+            else f"--from-step {options.from_step} must be at least 1; --reset starts from 0"
+        )
     if options.max_epochs is not None and options.max_epochs < 1:
         raise UserError(f"--max-epochs {options.max_epochs} must be at least 1")
     if not 0 <= options.watchdog_minutes < 1e6:
@@ -257,6 +268,7 @@ def _stage_plan(
         options.watchdog_minutes,
         options.wandb,
         options.spill_dir,
+        options.from_step,
     )
 
 

@@ -87,7 +87,7 @@ class Reporter:
     def log(self, reading: Reading, epoch: float) -> None:
         """Log the means over a log interval and the state of the engines."""
         trainer, step, total = self._run.trainer, self._progress.step, self._plan.total_steps
-        learning_rate = trainer.generator.get_lr()[0]
+        learning_rate = trainer.generator.get_lr()[0] * trainer.generator.rate.value
         values = {
             **reading.as_dict(),
             **_split_step_time(reading, self._plan.ds_config["train_batch_size"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -11,9 +12,12 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from pipeline.cli import DISK_ERRORS, RunError, UserError, disk_error
 from pipeline.distributed.launcher import GUARDED
@@ -22,9 +26,10 @@ from pipeline.distributed.stopping import StopSignals, Watchdog
 from pipeline.files import short_path
 from pipeline.installation import as_typed
 from pipeline.libraries import keep_freed_memory, postpone_dynamo
-from pipeline.monitor.console import Console
+from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.monitor.wandb_tracker import require_wandb
-from pipeline.run_folder import move_aside, run_lock
+from pipeline.run_folder import checkpoint_steps, move_aside, run_lock
+from pipeline.training.healing import DivergedError, finish_return, return_to_health
 from pipeline.training.loop import Training
 from pipeline.training.memory import MemoryShortageError, rehearse
 from pipeline.training.options import TrainOptions, TrainPlan, plans_of_rank
@@ -153,13 +158,18 @@ def _train_all(plans: Sequence[TrainPlan], ranks: Ranks, watchdog: Watchdog) -> 
         ranks.on_all_ranks(lambda: _take_run_folder(plans, ranks, console, stack))
         check_stages(plans, ranks)
         rehearse(plans, ranks, console.say)
-        for plan in plans:
-            signals.is_patient = False
-            watchdog.begin()
-            status = _train(plan, ranks, console, signals)
+        for plan in _with_from_step(plans, ranks):
+            status = _train(plan, ranks, console, signals, watchdog)
             if status:
                 break
         return status
+
+
+def _with_from_step(plans: Sequence[TrainPlan], ranks: Ranks) -> list[TrainPlan]:
+    """Return the plans, with `from_step` only in that of the newest stage that has begun."""
+    begun = [i for i, plan in enumerate(plans) if checkpoint_steps(plan.run_dir)]
+    newest = ranks.agree(begun[-1] if begun else 0)
+    return [plan if i == newest else replace(plan, from_step=None) for i, plan in enumerate(plans)]
 
 
 def _exit_at_once(error: BaseException, ranks: Ranks) -> NoReturn:
@@ -188,13 +198,48 @@ def _exit_at_once(error: BaseException, ranks: Ranks) -> NoReturn:
     os._exit(status)
 
 
-def _train(plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals) -> int:
+def _train(
+    plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals, watchdog: Watchdog
+) -> int:
     """Run one stage from its current step to its end."""
+    while True:
+        signals.is_patient = False
+        watchdog.begin()
+        status, diverged = _train_until_divergence(plan, ranks, console, signals)
+        if diverged is None:
+            return status
+        # The networks that diverged are no longer referenced; those of the earlier step need their
+        # memory.
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        console.log_to(plan.log_dir / RUN_LOG_FILE)
+        try:
+            return_to_health(plan, diverged, ranks, console.say)
+        except RunError as error:
+            console.note(f"error: {error}")
+            raise
+        plan = replace(plan, from_step=None)
+
+
+def _train_until_divergence(
+    plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals
+) -> tuple[int, DivergedError | None]:
+    """Train from the newest checkpoint on; return the exit status, or how the run diverged."""
     run = set_up(plan, ranks, console.say)
     reporter = ranks.on_all_ranks(lambda: Reporter(run, console) if ranks.is_first else None)
     training = Training(run, reporter, console, signals)
     try:
-        return training.train()
+        returned = finish_return(run, console.say)
+        if returned and reporter:
+            reporter.journal.log("healing", run.progress.step, returned)
+        return training.train(), None
+    except DivergedError as error:
+        # All ranks are here, and the last exchange between them comes before those of the next
+        # start.
+        training.agreement.finish()
+        # Without its traceback, which would keep the networks alive.
+        return 1, error.with_traceback(None)
     except BaseException as error:
         is_plain = isinstance(error, (UserError, RunError))
         console.note(

@@ -88,7 +88,9 @@ def report_if_finished(plans: Sequence[TrainPlan]) -> bool:
 
     Returns whether it is; otherwise nothing is printed or changed.
     """
-    if any(plan.reset or plan.wandb for plan in plans) or not _is_alone():
+    if any(plan.reset or plan.wandb or plan.from_step is not None for plan in plans):
+        return False
+    if not _is_alone():
         return False
     steps = [_last_step(plan) for plan in plans]
     if None in steps:

@@ -48,6 +48,7 @@ from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
 from pipeline.run_folder import LOG_FILE, checkpoint_dir, checkpoint_steps, free_path
+from pipeline.training.healing import History, remove_left_checkpoints, return_by_hand
 from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.saved_run import newest_of_previous, refuse_other_run
@@ -70,20 +71,31 @@ class Run:
     micro_batch: int
     accumulation: int
     introduction: list[str]  # lines for the console
+    history: History  # of its returns to earlier steps
 
     @property
     def averaged(self) -> nn.Module:
         """The averaged network: the one that is validated and exported."""
         return self.trainer.ema.network
 
-    def open_loader(self) -> Loader:
-        """Open the training data at the run's current step; all ranks call it together."""
+    def open_loader(self, step: int | None = None, history: History | None = None) -> Loader:
+        """Open the training data at the run's current step, or at `step` of another history.
+
+        All ranks call it together.
+        """
+        step = self.progress.step if step is None else step
+        history = self.history if history is None else history
         recipe, threads = (
             self.plan.recipe,
             num_threads(self.plan.recipe.data.threads, _cores(self.ranks)),
         )
         data = recipe.data.model_copy(update={"threads": threads})
-        position = Position(self.ranks.rank, self.ranks.world_size, self.micro_batch)
+        position = Position(
+            self.ranks.rank,
+            self.ranks.world_size,
+            self.micro_batch,
+            history.gaps(self.plan.ds_config["train_batch_size"]),
+        )
         on_host = self.ranks.device.type == "cpu" and self.progress.cpu_degradation == "host"
         source = CropSource.of_dataset(
             self.plan.dataset,
@@ -92,10 +104,11 @@ class Run:
             seed=recipe.seed,
             position=position,
             degrades_on_host=on_host,
+            excluded=history.excluded,
         )
         return Loader(
             source,
-            self.progress.step * self.accumulation,
+            step * self.accumulation,
             self.ranks.device,
             threads=threads,
             # Room for a whole step, on top of what the recipe wants prefetched.
@@ -179,7 +192,18 @@ def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     introduction = _introduction(
         plan, ranks, trainer.generator.module, execution, precision + why, batch, saved.step
     )
-    return Run(plan, ranks, trainer, contents, progress, validation, previews, *batch, introduction)
+    return Run(
+        plan,
+        ranks,
+        trainer,
+        contents,
+        progress,
+        validation,
+        previews,
+        *batch,
+        introduction,
+        saved.history,
+    )
 
 
 @dataclass(frozen=True)
@@ -189,6 +213,7 @@ class _SavedRun:
     step: int | None  # of the newest intact checkpoint; None for a new run
     identity: dict[str, Any]  # of the run, as its checkpoints record it
     sees_run_dir: bool  # whether this rank sees the first rank's run folder
+    history: History
 
 
 def _find_run(
@@ -198,6 +223,10 @@ def _find_run(
     identity = {**plan.identity, "precision": precision}
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
     ranks.on_all_ranks(lambda: spill.bring_back(plan.run_dir, say) if ranks.is_first else None)
+    history = History.read(plan.run_dir, ranks)
+    if plan.from_step is not None:
+        return_by_hand(plan, identity, history, ranks, say)
+    remove_left_checkpoints(plan.run_dir, history, ranks, say)
     step = checkpoint.newest_whole(plan.run_dir, ranks, say, sees_run_dir)
     began = newest = ranks.agree(newest_of_previous(plan))
     if step is not None:
@@ -217,7 +246,7 @@ def _find_run(
             f"which is now at step {newest}; to start the stage again, move "
             f"{short_path(plan.run_dir)} away"
         )
-    return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir)
+    return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir, history)
 
 
 @dataclass(frozen=True)

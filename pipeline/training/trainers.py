@@ -13,7 +13,12 @@ from pipeline.data.loader import Batch
 from pipeline.engine.engine import Engine, backward_and_step
 from pipeline.images import unit_range
 from pipeline.losses import Criterion
-from pipeline.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_loss, draw_labels
+from pipeline.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    Labels,
+    discriminator_loss,
+    draw_labels,
+)
 from pipeline.models.discriminators import frozen
 from pipeline.models.ema import ExponentialMovingAverage
 
@@ -168,6 +173,15 @@ class AdversarialTrainer:
         if self._noise:
             images = images + self._noise * torch.randn_like(images)
         return discriminator(images).to(torch.float32, copy=True)
+
+
+def indifferent_loss(trainer: ReconstructionTrainer | AdversarialTrainer) -> float | None:
+    """Return the discriminator's loss if it cannot tell real from fake; None without one."""
+    if isinstance(trainer, ReconstructionTrainer):
+        return None
+    logits = torch.zeros(1, 1)
+    labels = Labels(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool))
+    return float(discriminator_loss(trainer.loss, logits, logits, labels))
 
 
 def _colour_drift(sr: Tensor, hr: Tensor) -> dict[str, Tensor]:

@@ -160,10 +160,11 @@ def test_the_average_and_the_meter(dtype: torch.dtype) -> None:
     meter = TrainMeter(Ranks(device=META), 10, 4)
     loss = torch.empty((), device=META)
     for _ in range(2):
-        meter.add(StepResult({"l1": loss}, {"d_real": loss}), 0)
+        meter.add(StepResult({"l1": loss}, {"d_real": loss}))
         meter.end_step(
             1,
             torch.empty((), dtype=torch.bool, device=META),
+            {"generator": loss},
             type("Loader", (), {"waited_seconds": 0.0})(),
         )
 

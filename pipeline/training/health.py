@@ -1,0 +1,249 @@
+"""The health rule: whether a run has diverged, from what each update and each validation showed.
+
+It looks at blocks of 10 updates and compares the median of each with those of earlier blocks, so a
+single bad batch is no alarm. All ranks apply it to the same numbers, at any time after the updates,
+and reach the same verdict: no step waits for it. What it remembers is part of a checkpoint, so a
+continued run judges as one that was never stopped. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.specs import HealingSpec
+
+BLOCK = 10  # updates
+NUM_BLOCKS = 10  # that a block is compared with
+FEWEST_BLOCKS = 5
+"""With fewer, the usual value is not known yet, and twice the first one takes its place."""
+BAD_LOSS_LIMIT = 10
+"""Consecutive updates with a non-finite loss on some rank after which a run has diverged."""
+SKIPPED_LIMIT = 50
+"""Consecutive skipped updates, likewise: more than FP16 ever needs to find its loss scale."""
+NORM_RISE = 100.0  # factor over earlier blocks: gradients vary far more than losses
+DRIFT_LIMIT = 32.0  # levels of 0..255 by which a colour of the whole image is off
+DRIFT_USUAL = 10.0  # a run whose colours were further off than this has only begun to learn
+SATURATED_SHARE = 0.002  # of the discriminator's loss when it cannot tell real from fake
+EXPLODED_FACTOR = 50.0  # of that loss
+NUM_VALIDATIONS = 5  # that a validation is compared with
+GAN_DROP_FACTOR = 2.0  # a GAN gives up some PSNR for sharpness
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What one update showed; the same on all ranks."""
+
+    step: int  # number of updates done after it
+    # The generator's terms, weighted; means over micro-batches and ranks. Empty if it did not
+    # learn. Not finite if one on any rank was not.
+    losses: dict[str, float]
+    statistics: dict[str, float]  # likewise
+    was_skipped: bool  # because a gradient was not finite
+    norms: dict[str, float]  # of the gradients of the engines that learned, by engine
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What was wrong, and the updates in which it showed."""
+
+    reason: str
+    first: int  # steps: number of updates done before the first one that is suspected
+    last: int  # and after the last
+    engines: tuple[str, ...]  # whose learning rate should be lower
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """A quantity that must not leave its range for several blocks in a row."""
+
+    key: str
+    blocks: int  # in a row that are bad before it is a violation
+    engines: tuple[str, ...]
+    text: str
+
+
+EXPLOSIONS = (
+    _Watch("loss", 2, ("generator", "discriminator"), "the loss"),
+    _Watch("norm", 2, ("generator", "discriminator"), "the generator's gradient norm"),
+)
+
+
+class HealthRule:
+    """Judges the updates of a run, in order, and its validations.
+
+    `indifferent`: the discriminator's loss when it cannot tell real from fake, None without one.
+    `state`: what an earlier rule of the run remembered, see `state`.
+    """
+
+    def __init__(
+        self, spec: HealingSpec, indifferent: float | None, state: Mapping[str, Any]
+    ) -> None:
+        self._spec, self._indifferent = spec, indifferent
+        self._block: list[dict[str, float]] = [dict(values) for values in state.get("block", ())]
+        self._medians: dict[str, list[float]] = {
+            key: list(values) for key, values in state.get("medians", {}).items()
+        }
+        self._initial: dict[str, float] = dict(state.get("initial", {}))
+        self._runs: dict[str, int] = dict(state.get("runs", {}))
+        self._psnr: list[float] = list(state.get("psnr", ()))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Return what the rule remembers, as plain values that JSON keeps exactly."""
+        return {
+            "block": [dict(values) for values in self._block],
+            "medians": {key: list(values) for key, values in self._medians.items()},
+            "initial": dict(self._initial),
+            "runs": dict(self._runs),
+            "psnr": list(self._psnr),
+        }
+
+    def judge(self, facts: Sequence[StepFacts]) -> Violation | None:
+        """Take note of the next updates; return the first violation, None if there is none."""
+        for fact in facts:
+            found = self._judge_step(fact)
+            # Blocks end at multiples of their length, so that a continued run has the same ones.
+            if found is None and self._spec.is_on and fact.step % BLOCK == 0:
+                found = self._judge_block(fact.step)
+            if found is not None:
+                return found
+        return None
+
+    def judge_validation(
+        self, scores: Mapping[str, float], step: int, before: int | None
+    ) -> Violation | None:
+        """Take note of a validation at `step`; return a violation if PSNR fell far.
+
+        `before`: step of the validation before it.
+        """
+        psnr = scores["psnr_y"]
+        earlier, self._psnr = self._psnr, [*self._psnr, psnr][-NUM_VALIDATIONS:]
+        if not self._spec.is_on or not earlier:
+            return None
+        usual = statistics.median(earlier)
+        drop = self._spec.psnr_drop * (1 if self._indifferent is None else GAN_DROP_FACTOR)
+        drop *= 1 if len(earlier) > 1 else 2  # a single validation may have been a lucky one
+        # `not >=`, so that NaN is a violation as well.
+        if not psnr >= usual - drop:
+            return Violation(
+                f"PSNR-Y fell to {psnr:.2f} dB at step {step}, {usual - psnr:.2f} dB below that of "
+                "the validations before",
+                before or 0,
+                step,
+                ("generator", "discriminator"),
+            )
+        return None
+
+    def _judge_step(self, fact: StepFacts) -> Violation | None:
+        """Count non-finite losses and skipped updates; add the others to the block."""
+        values = {**fact.losses, **fact.statistics}
+        is_finite = all(math.isfinite(value) for value in values.values())
+        for key, is_bad, limit, text in (
+            ("bad_loss", not is_finite, BAD_LOSS_LIMIT, "the loss was not finite in"),
+            (
+                "skipped",
+                fact.was_skipped,
+                SKIPPED_LIMIT,
+                "a gradient was not finite, so that it was skipped, in",
+            ),
+        ):
+            self._runs[key] = (self._runs.get(key, 0) + 1) * is_bad
+            if self._runs[key] >= limit:
+                return Violation(
+                    f"{text} each of {limit} updates up to step {fact.step}",
+                    max(0, fact.step - limit - BLOCK),
+                    fact.step,
+                    ("generator", "discriminator"),
+                )
+        if is_finite and not fact.was_skipped:
+            # Without the adversarial term, which may be below 0 and falls as the generator learns.
+            pixel = sum(value for name, value in fact.losses.items() if name != "adversarial")
+            seen = {"loss": pixel} if fact.losses else {}
+            if math.isfinite(fact.norms.get("generator", math.nan)):
+                seen["norm"] = fact.norms["generator"]
+            if "discriminator" in fact.statistics:
+                seen["discriminator"] = fact.statistics["discriminator"]
+            drifts = [
+                value for name, value in fact.statistics.items() if name.startswith("colour_drift")
+            ]
+            # Of three channels, the one furthest off, with its sign: drifts that cancel out over
+            # a block are no drift.
+            if drifts:
+                seen["drift"] = max(drifts, key=abs)
+            self._block.append(seen)
+        return None
+
+    def _judge_block(self, step: int) -> Violation | None:
+        block, self._block = self._block, []
+        medians = {
+            key: statistics.median(values[key] for values in block if key in values)
+            for key in sorted({key for values in block for key in values})
+        }
+        for watch in EXPLOSIONS:
+            if watch.key not in medians:
+                continue
+            value, earlier = medians[watch.key], self._medians.get(watch.key, [])
+            rise = self._spec.loss_rise if watch.key == "loss" else NORM_RISE
+            usual = (
+                statistics.median(earlier)
+                if len(earlier) >= FEWEST_BLOCKS
+                else 2 * self._initial.get(watch.key, math.inf)
+            )
+            # Also above its first value: the loss of a network that has learnt a small dataset by
+            # heart may rise by any factor without harm.
+            is_bad = value > rise * usual and value > self._initial.get(watch.key, math.inf)
+            if found := self._count(watch, is_bad, medians, step, usual):
+                return found
+        if "drift" in medians:
+            watch = _Watch("drift", 3, ("generator", "discriminator"), "the mean colour error")
+            earlier = [abs(value) for value in self._medians.get("drift", [])]
+            usual = statistics.median(earlier) if len(earlier) >= FEWEST_BLOCKS else math.inf
+            is_bad = usual < DRIFT_USUAL and abs(medians["drift"]) > DRIFT_LIMIT
+            if found := self._count(watch, is_bad, medians, step, usual):
+                return found
+        if "discriminator" in medians and self._indifferent:
+            value = medians["discriminator"]
+            watch = _Watch("discriminator", 3, ("discriminator",), "the discriminator's loss")
+            is_bad = value > EXPLODED_FACTOR * self._indifferent
+            if found := self._count(watch, is_bad, medians, step, self._indifferent):
+                return found
+            # A discriminator that is always right teaches the generator nothing.
+            key = "saturated"
+            is_bad = value < SATURATED_SHARE * self._indifferent
+            self._runs[key] = (self._runs.get(key, 0) + 1) * is_bad
+            blocks = -(-self._spec.saturation // BLOCK)
+            if self._runs[key] >= blocks:
+                return Violation(
+                    f"the discriminator's loss was below {SATURATED_SHARE:.1%} of that of guessing "
+                    f"for {blocks * BLOCK} updates up to step {step}: it no longer teaches the "
+                    "generator",
+                    max(0, step - (blocks + 1) * BLOCK),
+                    step,
+                    ("discriminator",),
+                )
+        # Bad blocks are not remembered, or an exploded loss would soon be the usual one.
+        for key, value in medians.items():
+            if not self._runs.get(key):
+                self._initial.setdefault(key, value)
+                self._medians[key] = [*self._medians.get(key, []), value][-NUM_BLOCKS:]
+        return None
+
+    def _count(
+        self, watch: _Watch, is_bad: bool, medians: Mapping[str, float], step: int, usual: float
+    ) -> Violation | None:
+        """Count bad blocks in a row; return a violation if there are too many."""
+        self._runs[watch.key] = (self._runs.get(watch.key, 0) + 1) * is_bad
+        if self._runs[watch.key] < watch.blocks:
+            return None
+        return Violation(
+            f"{watch.text} was {medians[watch.key]:.4g} in the updates up to step {step}, after "
+            f"{usual:.4g} before",
+            # The cause comes before its effect, so one block more.
+            max(0, step - (watch.blocks + 1) * BLOCK),
+            step,
+            watch.engines,
+        )

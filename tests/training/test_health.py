@@ -1,0 +1,175 @@
+"""The health rule, on made-up updates."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from pipeline.config.recipe import Recipe
+from pipeline.config.specs import HealingSpec
+from pipeline.training.health import (
+    BAD_LOSS_LIMIT,
+    BLOCK,
+    SKIPPED_LIMIT,
+    HealthRule,
+    StepFacts,
+    Violation,
+)
+
+GUESSING = math.log(2)
+
+
+def facts(
+    steps: int,
+    *,
+    loss: Callable[[int], float] = lambda step: 0.02,
+    norm: Callable[[int], float] = lambda step: 1.0,
+    skipped: Callable[[int], bool] = lambda step: False,
+    discriminator: Callable[[int], float] | None = None,
+    drift: Callable[[int], float] | None = None,
+) -> list[StepFacts]:
+    """Updates with some noise; every function takes the number of updates done."""
+    noise = random.Random(0)
+    found = []
+    for step in range(1, steps + 1):
+        statistics = {"discriminator": discriminator(step)} if discriminator else {}
+        statistics |= {"colour_drift_red": drift(step)} if drift else {}
+        losses = {"l1": loss(step) * noise.uniform(0.5, 2), "adversarial": -3.0}
+        found.append(StepFacts(step, losses, statistics, skipped(step), {"generator": norm(step)}))
+    return found
+
+
+def verdict(
+    updates: Sequence[StepFacts], indifferent: float | None = None, **spec: float
+) -> Violation | None:
+    return HealthRule(HealingSpec(**spec), indifferent, {}).judge(updates)
+
+
+def rises(at: int, low: float, high: float) -> Callable[[int], float]:
+    return lambda step: high if step > at else low
+
+
+def test_a_run_that_learns_is_healthy() -> None:
+    """The loss falls, the norm varies by a factor of 20, single batches and updates are bad."""
+    updates = facts(
+        2000,
+        loss=lambda step: 10 if step % 97 == 0 else 0.2 / (1 + step / 50),
+        norm=lambda step: 20 if step % 13 == 0 else 1,
+        skipped=lambda step: step % 41 == 0,
+        discriminator=lambda step: GUESSING * (0.1 if step % 5 else 4),
+        drift=lambda step: 60 if step < 100 else 8 * (-1) ** step,
+    )
+    assert verdict(updates, GUESSING) is None
+
+
+def test_an_exploding_loss_is_found_in_two_blocks() -> None:
+    found = verdict(facts(400, loss=rises(212, 0.02, 0.2)))
+    assert found is not None
+    assert (found.first, found.last) == (230 - 3 * BLOCK, 230)
+    assert found.reason.startswith("the loss was 0.")
+    assert "up to step 230" in found.reason
+    assert verdict(facts(400, loss=rises(212, 0.02, 0.2)), loss_rise=30) is None
+
+
+def test_an_explosion_before_much_is_known_is_found() -> None:
+    found = verdict(facts(400, loss=rises(30, 0.02, 0.5)))
+    assert found is not None
+    assert (found.first, found.last) == (20, 50)
+
+
+def test_a_loss_below_its_first_value_has_not_exploded() -> None:
+    """A dataset learnt by heart: the loss falls to almost nothing and may rise again."""
+
+    def loss(step: int) -> float:
+        return 0.02 if step < 60 else 1e-6 if step < 700 else 1e-3
+
+    assert verdict(facts(1000, loss=loss)) is None
+
+
+def test_a_norm_a_hundred_times_larger_is_found() -> None:
+    found = verdict(facts(400, norm=rises(300, 1, 150)))
+    assert found is not None
+    assert "the generator's gradient norm was 150" in found.reason
+    assert verdict(facts(400, norm=rises(300, 1, 60))) is None
+
+
+def test_streaks_of_bad_losses_and_of_skipped_updates() -> None:
+    bad = facts(100, loss=lambda step: math.nan if step > 70 else 0.02)
+    found = verdict(bad)
+    assert found is not None
+    assert found.last == 70 + BAD_LOSS_LIMIT
+    found = verdict(facts(200, skipped=lambda step: step > 120))
+    assert found is not None
+    assert found.last == 120 + SKIPPED_LIMIT
+    assert found.first == 120 - BLOCK
+    # These end a run even if it does not heal.
+    assert verdict(bad, times=0) is not None
+    assert verdict(facts(400, loss=rises(212, 0.02, 0.2)), times=0) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "reason"), [(1e-5, "no longer teaches"), (60.0, "the discriminator's loss was")]
+)
+def test_a_discriminator_that_wins_or_explodes_is_slowed_down(level: float, reason: str) -> None:
+    updates = facts(900, discriminator=rises(300, 0.3, level))
+    found = verdict(updates, GUESSING)
+    assert found is not None
+    assert reason in found.reason
+    assert found.engines == ("discriminator",)
+    assert verdict(updates, None) is None, "a run without one has no such statistic"
+
+
+def test_a_colour_cast_is_found() -> None:
+    found = verdict(facts(400, drift=rises(200, 1, -40)), GUESSING)
+    assert found is not None
+    assert "mean colour error was -40" in found.reason
+    assert verdict(facts(400, drift=rises(200, 40, 60)), GUESSING) is None, "it has only begun"
+
+
+def test_validations_are_compared_with_those_before() -> None:
+    rule = HealthRule(HealingSpec(), None, {})
+    scores = [28.0, 25.5, 27.0, 29.0, 26.1]
+    for i, psnr in enumerate(scores):
+        assert rule.judge_validation({"psnr_y": psnr}, 100 * i, None) is None
+    found = rule.judge_validation({"psnr_y": 23.9}, 500, 400)
+    assert found is not None
+    assert (found.first, found.last) == (400, 500)
+    gan = HealthRule(HealingSpec(), GUESSING, {})
+    assert not any(gan.judge_validation({"psnr_y": x}, 0, None) for x in (28, 17, 23))
+    assert gan.judge_validation({"psnr_y": math.nan}, 0, None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stops_do_not_change_the_verdict(seed: int) -> None:
+    """The updates may arrive in any portions, with what the rule remembers through JSON between."""
+    draw = random.Random(seed)
+    start = draw.randrange(60, 350)
+    kinds = {
+        "loss": rises(start, 0.02, 0.4),
+        "norm": rises(start, 1, 400),
+        "discriminator": rises(start, 0.3, 1e-6),
+    }
+    kind = draw.choice(sorted(kinds))
+    updates = facts(1200, **{kind: kinds[kind]})
+    whole = verdict(updates, GUESSING)
+    assert whole is not None
+    state: dict = {}
+    found, rest = None, updates
+    while found is None and rest:
+        rule = HealthRule(HealingSpec(), GUESSING, json.loads(json.dumps(state)))
+        size = draw.randrange(1, 90)
+        found, rest, state = rule.judge(rest[:size]), rest[size:], rule.state
+        state = rule.state
+    assert found == whole
+
+
+def test_the_recipe_accepts_a_switch() -> None:
+    base = {"name": "x", "scale": 2, "generator": "vapsr", "steps": 1}
+    assert not Recipe(**base, healing="off").healing.is_on
+    assert not Recipe(**base, healing=False).healing.is_on
+    assert Recipe(**base, healing=True).healing == Recipe(**base).healing
+    assert Recipe(**base, healing={"window": 50}).healing.window == 50
