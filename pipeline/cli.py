@@ -161,11 +161,17 @@ class _Stdout(io.FileIO):
 
 @contextlib.contextmanager
 def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
-    """Replace `sys.stdout` with a `_Stdout`, unless it is a terminal or was already replaced."""
+    """Replace `sys.stdout` with a `_Stdout`, unless it is a terminal or was already replaced.
+
+    Either prints characters that its encoding lacks as escapes: a file name that is not UTF-8 must
+    not end a command.
+    """
     if sys.stdout is None:  # `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - never closed
     plain = sys.stdout
     if plain is not sys.__stdout__ or plain.isatty():
+        if isinstance(plain, io.TextIOWrapper):
+            plain.reconfigure(errors="backslashreplace")
         yield
         return
     plain.flush()
@@ -174,7 +180,7 @@ def _stdout_outliving_its_reader(ends_with_reader: bool) -> Iterator[None]:
     lasting = io.TextIOWrapper(
         raw if is_unbuffered else io.BufferedWriter(raw),
         plain.encoding,
-        plain.errors,
+        "backslashreplace",
         line_buffering=plain.line_buffering,
         write_through=is_unbuffered,
     )
@@ -203,9 +209,13 @@ def say(text: str) -> None:
 
 
 def _tell(line: str) -> None:
-    """Print one line on stderr; the exit status must not depend on whether anybody reads it."""
+    """Print one line on stderr; the exit status must not depend on whether anybody reads it.
+
+    A path in the line may contain a line break or control characters; they are printed as escapes.
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in as_typed(line))
     try:
-        print(as_typed(line), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:  # `2>&1 | head`
         _silence(sys.stderr.fileno())
 
@@ -221,7 +231,11 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")
         if re.match(r"--?[A-Za-z]", name) and name not in known:
-            hint = nearest(name, [flag for flag in known if flag.startswith("--")])
+            hint = (
+                f"; for the file or folder of that name, write ./{argument}"
+                if os.path.lexists(argument)
+                else nearest(name, [flag for flag in known if flag.startswith("--")])
+            )
             _tell(f"error: unknown option {argument}{hint} (--help lists all)")
             sys.exit(2)
     boxed = io.StringIO()

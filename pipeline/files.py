@@ -1,4 +1,4 @@
-"""Atomic writes, foreign files, private folders, paths for messages, and which files are videos.
+"""Atomic writes, foreign files, private folders, checks of paths, and which files are videos.
 
 Imports no torch.
 """
@@ -206,6 +206,17 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+
+
+def check_utf8(path: str | os.PathLike[str], library: str) -> None:
+    """Raise `UserError` for a path that is not UTF-8, which `library` cannot open."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # Python stores bytes that are not UTF-8 as surrogates
+        raise UserError(
+            f"{os.fspath(path)!r}: {library} cannot open a path that is not UTF-8; rename the "
+            "folder or file, or choose another one"
+        ) from None
 
 
 def short_path(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ class EntryKind(enum.Enum):
     QUARANTINE = enum.auto()  # a folder with that name; skipped
 
 
+# Control characters, line and paragraph separators, and surrogates, which stand for bytes that are
+# not UTF-8. Spaces of every width are allowed: names in Japanese have wide ones.
+_NOT_IN_NAMES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 IMAGES = frozenset({EntryKind.NPY, EntryKind.ENCODED})
 
 
@@ -158,6 +162,19 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
         return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
     except OSError:
         return False
+
+
+def name_fault(name: str) -> str:
+    """Return why no crops can be made of a file with this name; `""` if they can.
+
+    Their folder has the same name, and file lists must be able to hold it.
+    """
+    if "\ufffd" in name or not (
+        name.isprintable()
+        or all(unicodedata.category(letter) not in _NOT_IN_NAMES for letter in name)
+    ):
+        return "the file name has control characters or is not UTF-8; rename it"
+    return ""
 
 
 def printable(name: str) -> str:

@@ -34,6 +34,7 @@ from tools.crops.cutting import (
 from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
+from tools.files import name_fault
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.tar.members import Member, Problem, TarReader, check_archive
 from tools.tar.streams import Limits
@@ -144,8 +145,7 @@ def _archives(options: Options) -> list[Archive]:
         path = given.expanduser()
         name = path.name
         if (
-            not name.isprintable()
-            or "�" in name
+            name_fault(name)
             or name.startswith(".")
             or name in (MANIFEST, SETTINGS, REJECTS, QUARANTINE)
         ):

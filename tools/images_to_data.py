@@ -20,7 +20,7 @@ from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_fo
 from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
-from tools.files import walk
+from tools.files import name_fault, walk
 from tools.parallel import thread_count
 
 
@@ -130,11 +130,10 @@ class PhotoCutter:
     def __call__(self, name: str) -> UnitResult:
         """Decode a photograph and write its crops; a bad one gives a reject, not an exception."""
         unit = Unit(name, name, 0, 0)
-        if not name.isprintable() or "�" in name:
-            reason = "the file name has control characters or is not UTF-8; rename it"
+        if fault := name_fault(name):
             return UnitResult(
                 unit._replace(photo=ascii(name), folder=ascii(name)),
-                rejects=[Reject("decode", reason)],
+                rejects=[Reject("decode", fault)],
             )
         try:
             unit = unit._replace(

@@ -46,7 +46,7 @@ from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
 from tools.crops.options import CropOptions, open_benchmark
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
-from tools.files import printable, walk
+from tools.files import name_fault, printable, walk
 from tools.parallel import thread_count
 
 MAX_SHIFT = 4  # LR pixels; largest shift of LR that is searched for
@@ -228,6 +228,10 @@ class PairCutter:
 
     def __call__(self, name: str) -> UnitResult:
         """Decode both sides and write their crops; a bad pair gives a reject, not an exception."""
+        for side in (name, self._pairs[name].lr):
+            if fault := name_fault(side):
+                unit = Unit(ascii(name), ascii(name), *(self.stamp(name) or (0, 0)))
+                return UnitResult(unit, rejects=[Reject("decode", f"{side!a}: {fault}")])
         unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
         try:
             hr_picture = _decode(self._hr / name, self._options.max_megapixels)

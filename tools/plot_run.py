@@ -17,6 +17,7 @@ from pipeline.cli import UserError, run
 from pipeline.files import parse_json, write_atomically
 from pipeline.metrics import METRICS
 from pipeline.run_folder import LOG_FILE, find_run
+from tools.files import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,7 +247,8 @@ def draw(
         axes.set_axis_off()
     if len(logs) > 1:
         names = [
-            pyplot.Line2D([], [], color=_colour(number), linewidth=2.5, label=name)
+            # matplotlib omits labels that begin with `_`, hence the space.
+            pyplot.Line2D([], [], color=_colour(number), linewidth=2.5, label=f" {_text(name)}")
             for number, name in enumerate(logs)
         ]
         figure.legend(
@@ -257,11 +259,16 @@ def draw(
             frameon=False,
         )
     else:
-        figure.suptitle(next(iter(logs)), fontsize=11)
+        figure.suptitle(_text(next(iter(logs))), fontsize=11)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind)
     pyplot.close(figure)
     return picture.getvalue()
+
+
+def _text(name: str) -> str:
+    """Return a run's name as matplotlib draws it unchanged: `$` would begin a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def _colour(number: int) -> str:

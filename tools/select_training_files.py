@@ -20,6 +20,7 @@ from pipeline.data.image_files import (
     TRAINING_LIST,
     VALIDATION_LIST,
     BadNpyError,
+    is_listable,
     is_npy,
     lists_hash,
     npy_layout,
@@ -81,6 +82,7 @@ def main(options: Options) -> int:
             f"omitted {counted(len(images) - len(names), 'file')} smaller than "
             f"{options.min_size} pixels"
         )
+    names = _without_unlistable(names)
     photos = group_by_photo(names, photo_of)
     validation = choose_validation(photos, options)
     lists = {
@@ -171,6 +173,19 @@ def _without_strays(
         print(
             f"omitted {len(images) - len(kept)} files that the manifest of their folder does not "
             f"list, such as {printable(stray)}: the tool that made them was stopped; run it again"
+        )
+    return kept
+
+
+def _without_unlistable(names: list[str]) -> list[str]:
+    """Drop names that a file list cannot hold, and print how many there are."""
+    kept = [name for name in names if is_listable(name)]
+    if len(kept) < len(names):
+        example = next(name for name in names if not is_listable(name))
+        print(
+            f"omitted {counted(len(names) - len(kept), 'file')} whose names a file list cannot "
+            f"hold, because they have line breaks or are not UTF-8, such as {printable(example)}; "
+            "rename them"
         )
     return kept
 

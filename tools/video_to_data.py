@@ -41,6 +41,7 @@ from tools.crops.dataset import (
 )
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
+from tools.files import name_fault
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.video.choice import Sampling
 from tools.video.frames import DamagedError, FrameCounts, sample_frames
@@ -223,9 +224,8 @@ class Prober:
     def __call__(self, name: str) -> list[Piece]:
         """Return the segments of a video, or a single one with the reason why it is unusable."""
         unit = Unit(name, name, 0, 0)
-        if not name.isprintable() or "�" in name:
-            reason = "the file name has control characters or is not UTF-8; rename it"
-            return [_refused(Unit(ascii(name), ascii(name), 0, 0), reason)]
+        if fault := name_fault(name):
+            return [_refused(Unit(ascii(name), ascii(name), 0, 0), fault)]
         try:
             unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
             info = probe(self._root / name)

@@ -273,6 +273,15 @@ def write_file_list(path: str | os.PathLike[str], names: Iterable[str]) -> None:
     write_atomically(path, _list_bytes(names))
 
 
+def is_listable(name: str) -> bool:
+    """Return whether a file list can hold a name: it has no line break and is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\n" not in name and "\r" not in name
+
+
 def lists_hash(*lists: Iterable[str]) -> str:
     """Return the SHA-256 (hex) of the content of file lists, in the given order.
 

@@ -272,6 +272,11 @@ def _initialise(
         ) from error
     # DeepSpeed would write a script next to every checkpoint, bypassing our error handling.
     engine._copy_recovery_script = lambda *_: None
+    # DeepSpeed would glob for the files of all model-parallel ranks and find none in a folder whose
+    # name contains `[`, `*` or `?`. There is always one such rank.
+    engine._get_all_ckpt_names = lambda directory, tag: [
+        engine._get_ckpt_name(directory, tag, mp_placeholder="00")
+    ]
     return engine
 
 

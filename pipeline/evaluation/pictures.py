@@ -104,6 +104,8 @@ def _write_centred(
     draw: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int, colour: tuple[int, int, int]
 ) -> None:
     font = ImageFont.load_default(size)
+    # The name of an image may contain line breaks and bytes that are not UTF-8.
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     while draw.textlength(text, font=font) > PANEL and len(text) > 4:  # shorten in the middle
         middle = len(text) // 2
         text = text[: middle - 2] + "…" + text[middle + 1 :]

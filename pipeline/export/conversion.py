@@ -19,7 +19,7 @@ from pipeline.export.int8 import Int8, gather, write_int8
 from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
 from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
 from pipeline.export.parity import LIMITS, Check, RunBatch, checks, compare, photographs
-from pipeline.files import flush, write_atomically
+from pipeline.files import check_utf8, flush, write_atomically
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import network_file
 
@@ -152,6 +152,7 @@ def _check(output: Path, opset: int, openvino: bool) -> None:
         raise UserError(
             f"the package {missing[0]!r} is not installed; run: pip install -r requirements.txt"
         )
+    check_utf8(output, "ONNX Runtime")
     try:  # fail before the work, not after it
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(output.name + FAILED)

@@ -23,6 +23,7 @@ import numpy as np
 
 from pipeline.cli import RunError, UserError, one_line
 from pipeline.export.openvino_file import EXACT, SECTION
+from pipeline.files import check_utf8
 from pipeline.libraries import import_onnxruntime
 
 # The interface, and code that both backends share.
@@ -130,6 +131,8 @@ class OnnxNetwork:
     def __init__(self, source: Path | bytes, device: Device) -> None:
         onnxruntime = import_onnxruntime()
         self.title = f"{ONNX_TITLE} {'.'.join(onnxruntime.__version__.split('.')[:2])}"
+        if isinstance(source, Path):
+            check_utf8(source, "ONNX Runtime")
         self._source, self._providers = source, _providers(device)
         self._session = self._opened(onnxruntime.SessionOptions())
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
@@ -274,6 +277,8 @@ class OpenVinoNetwork:
                 f"OpenVINO is used only on the CPU, not on {device}; use --device cpu or --backend "
                 "torch"
             )
+        if isinstance(source, Path):
+            check_utf8(source, "OpenVINO")
         options = {**hint, "INFERENCE_NUM_THREADS": usable_threads(), "ENABLE_CPU_PINNING": False}
         if isinstance(source, Path):
             _check_kind(source, self.title)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import UserError, say
-from pipeline.files import parse_json
+from pipeline.files import check_utf8, parse_json
 from pipeline.metrics import METRICS
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
@@ -250,6 +250,7 @@ def export_run(
         },
     )
     folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
+    check_utf8(folder, "safetensors")  # before the first file is written
     named = recipe if recipe.endswith(f"_x{saved.scale}") else f"{recipe}_x{saved.scale}"
     stem = f"{named}{'_raw' if raw else ''}{'_fp16' if half else ''}"
     files = [folder / (stem + suffix) for suffix in FORMATS]

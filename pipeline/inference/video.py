@@ -71,7 +71,8 @@ def upscale_video(
         with _opened(source) as (container, stream):
             stream.thread_type = "AUTO"
             kind = CONTAINERS[result.suffix.lower()]
-            with av.open(str(partial), "w", format=kind) as output:
+            # Without "file:", FFmpeg takes the part of a name before a colon for a protocol.
+            with av.open(f"file:{partial}", "w", format=kind) as output:
                 output.metadata.update(container.metadata)
                 _transcode(container, stream, output, target, upscaler, advance)
         flush(partial)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest, one_line
-from pipeline.files import parse_json, write_atomically, write_pieces_atomically
+from pipeline.files import check_utf8, parse_json, write_atomically, write_pieces_atomically
 from pipeline.models import GENERATORS, build_generator, build_outline, spandrel
 
 # State dicts in .safetensors files and files of torch.save, read without executing code and reduced
@@ -97,6 +97,7 @@ def _read_safetensors(
 ) -> tuple[dict[str, Tensor], str | None]:
     if weights != "auto":
         raise UserError(f"{str(path)!r} holds a single set of weights; omit weights {weights!r}")
+    check_utf8(path, "safetensors")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             # Cloned, because the tensors of an open file share its memory.
@@ -384,6 +385,8 @@ def write_network(path: str | Path, saved: SavedNetwork) -> None:
         raise UserError(
             f"cannot write weights to {str(path)!r}: the name must end in .safetensors or .pth"
         )
+    if path.suffix.lower() == ".safetensors":
+        check_utf8(path, "safetensors")
     description = json.dumps(
         {
             "name": saved.name,

@@ -19,6 +19,7 @@ from pipeline.config.recipe import Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.distributed.launcher import find_rank_info
+from pipeline.files import check_utf8
 from pipeline.installation import find_file
 from pipeline.run_folder import RUNS_DIR
 
@@ -253,6 +254,8 @@ def _stage_plan(
             check_accelerate(config)
     home = (options.output_dir or RUNS_DIR / recipe.name).expanduser().absolute()
     log_dir = (options.log_dir or home).expanduser().absolute()
+    check_utf8(home, "safetensors")
+    check_utf8(log_dir, "TensorBoard")
     return TrainPlan(
         recipe,
         ds_config,

@@ -52,7 +52,12 @@ def column_labels(paths: Sequence[Path], given: Sequence[str], is_ascii: bool) -
     if twice:
         raise UserError(f"{twice[0]}: two images have this name; give different ones with --labels")
     for label in labels:
-        if is_ascii and not (label.isascii() and label.isprintable()):
+        if not label.isprintable():
+            raise UserError(
+                f"label {label!r}: line breaks and bytes that are not UTF-8 cannot be drawn; give "
+                "--labels"
+            )
+        if is_ascii and not label.isascii():
             raise UserError(
                 f"label {label!r}: the built-in font only has ASCII letters; give --labels, or "
                 "--font FILE"
