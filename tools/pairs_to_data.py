@@ -1,13 +1,12 @@
 """Cut pairs of HR and LR photographs into aligned pairs of training crops.
 
 `PairCutter` decodes and cuts one pair at a time. It first checks that both sides show the same
-content at the same position: `correlation`, `shift` and `has_swapped_colors`.
+content at the same position and brightness, see tools/crops/pairs.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from pipeline.data.image_files import MANIFEST
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, read_header, unread_note
 from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
 from pipeline.data.pair_matching import NamePair, match_pairs, outside, split_marked
-from pipeline.libraries import cv2
 from tools.crops.cutting import (
     CropSettings,
     CutPicture,
@@ -45,20 +43,10 @@ from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset,
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
 from tools.crops.options import CropOptions, open_benchmark
+from tools.crops.pairs import correlation, has_swapped_colors, shift, tone_fault
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import name_fault, printable, walk
 from tools.parallel import thread_count
-
-MAX_SHIFT = 4  # LR pixels; largest shift of LR that is searched for
-_MIN_SIDE = 24  # LR pixels per side; smaller pictures are too small to measure a shift
-# Another shift must correlate better by `_MIN_GAIN` plus `_ERRORS` standard errors of the
-# correlation. Tested on Set5 and photographs at 1/2, 1/3, 1/4 and 1/8: unchanged, with noise of
-# sigma 25, JPEG of quality 30 and 10, blur of sigma 2, and with every s-th pixel as LR (nearly half
-# a pixel off). No true pair is rejected; 94 % of those shifted by one or two pixels are.
-_MIN_GAIN, _ERRORS = 0.003, 5
-_MIN_COLOR = 3.0  # root mean square of R - B, in gray levels; less is not significant
-# Cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance.
-_SWAPPED = -0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +257,8 @@ class PairCutter:
                 f"HR and LR differ in content (correlation {likeness:.2f}, below "
                 f"{self._options.min_correlation:g}; --min-correlation)",
             )
+        if fault := tone_fault(hr, lr):
+            return Reject("pair", f"{fault} (--min-correlation -1 accepts it)")
         down, right = shift(hr, lr)
         if down or right:
             return Reject(
@@ -359,66 +349,6 @@ def _decode(path: Path, max_megapixels: float) -> SourcePicture:
             return read_picture(file, header)
         except BadImageError as error:
             raise BadImageError(f"{printable(path.name)}: {error}") from None
-
-
-# --- Do HR and LR show the same content? ---
-
-
-def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
-    """Pearson's correlation of the luma of both pictures, reduced to at most 64 pixels per side.
-
-    Flat pictures give 1.
-    """
-    first, second = (
-        cv2.cvtColor(side, cv2.COLOR_RGB2GRAY).astype(np.float64) for side in _thumbnails(hr, lr)
-    )
-    first, second = first - first.mean(), second - second.mean()
-    norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / norm if norm > first.size else 1.0
-
-
-def has_swapped_colors(hr: np.ndarray, lr: np.ndarray) -> bool:
-    """Whether red and blue are swapped on one side (OpenCV's channel order read as RGB)."""
-    first, second = (side[..., 0].astype(np.float64) - side[..., 2] for side in _thumbnails(hr, lr))
-    norms = [float(np.sqrt((values**2).mean())) for values in (first, second)]
-    return (
-        min(norms) > _MIN_COLOR and float((first * second).mean()) < _SWAPPED * norms[0] * norms[1]
-    )
-
-
-def shift(hr: np.ndarray, lr: np.ndarray) -> tuple[int, int]:
-    """Offset (rows, columns) of `lr` below and right of `hr` in LR pixels; (0, 0) unless clear.
-
-    Both are uint8 RGB. `hr` is reduced to the size of `lr` by area averaging. Then the frequency
-    band that survives blur and noise (difference of Gaussians of sigma 1 and 4) is compared by
-    normalised cross-correlation within `MAX_SHIFT`.
-    """
-    height, width = lr.shape[:2]
-    if min(height, width) < _MIN_SIDE:
-        return 0, 0
-    first, second = _band(cv2.resize(hr, (width, height), interpolation=cv2.INTER_AREA)), _band(lr)
-    inner = first[MAX_SHIFT:-MAX_SHIFT, MAX_SHIFT:-MAX_SHIFT]
-    if min(inner.std(), second.std()) < 0.5:  # almost flat, so any correlation is due to rounding
-        return 0, 0
-    scores = cv2.matchTemplate(second, inner, cv2.TM_CCOEFF_NORMED)
-    row, column = np.unravel_index(int(scores.argmax()), scores.shape)
-    best, here = float(scores[row, column]), float(scores[MAX_SHIFT, MAX_SHIFT])
-    if best - here <= _MIN_GAIN + _ERRORS * (1 - best**2) / math.sqrt(inner.size):
-        return 0, 0
-    return int(row) - MAX_SHIFT, int(column) - MAX_SHIFT
-
-
-def _band(pixels: np.ndarray) -> np.ndarray:
-    luma = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    return cv2.GaussianBlur(luma, (0, 0), 1) - cv2.GaussianBlur(luma, (0, 0), 4)
-
-
-def _thumbnails(hr: np.ndarray, lr: np.ndarray) -> list[np.ndarray]:
-    """Both pictures at the same size of at most 64 pixels per side."""
-    height, width = lr.shape[:2]
-    factor = max(1.0, max(height, width) / 64)
-    size = max(1, round(width / factor)), max(1, round(height / factor))
-    return [cv2.resize(side, size, interpolation=cv2.INTER_AREA) for side in (hr, lr)]
 
 
 if __name__ == "__main__":

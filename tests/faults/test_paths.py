@@ -201,7 +201,7 @@ def test_files_whose_names_no_list_can_hold_are_left_out_with_a_line(tmp_path: P
         assert (result.returncode, result.stderr) == (1, b""), result.stderr.decode()
         assert "rejected: 2 unreadable" in printed
         assert printed.count("control characters or is not UTF-8; rename it") == 2
-        folders = [path.name for path in (tmp_path / words[-1 - len(CUT)]).iterdir()]
+        folders = [path.name for path in (tmp_path / words[-2 - len(CUT)]).iterdir()]
         assert {"good.png", "also good\u3000.png"} == {
             name for name in folders if name.endswith(".png")
         }

@@ -26,7 +26,7 @@ from pipeline.cli import UserError
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST, read_file_list
 from pipeline.data.pair_matching import NamePair, match_pairs
 from tools.crops.leakage import BenchmarkIndex
-from tools.pairs_to_data import correlation, has_swapped_colors, shift
+from tools.crops.pairs import correlation, has_swapped_colors, shift, tone_fault
 
 SCALE = 4
 
@@ -315,6 +315,56 @@ def test_true_bicubic_pairs_pass(scale):
         assert correlation(hr, degraded(lr)["noise"]) > 0.9
 
 
+def recoloured(lr: np.ndarray) -> dict[str, np.ndarray]:
+    """LR sides of another brightness, contrast or colour, at the limits of what is accepted."""
+    values = lr / 255
+    worn = blurred(lr, 3) + np.random.default_rng(2).normal(0, 25, lr.shape)
+    made = {
+        "gamma 1/2.2": 255 * values ** (1 / 2.2),
+        "gamma 2.2": 255 * values**2.2,
+        "half as bright": lr / 2,
+        "1.5 times as bright": lr * 1.5,
+        "40 levels darker": lr - 40.0,
+        "40 levels brighter": lr + 40.0,
+        "half the contrast": (lr - 128.0) / 2 + 128,
+        "white balance": lr * np.array([0.6, 1, 1.6]),
+        "strong noise": lr + np.random.default_rng(1).normal(0, 50, lr.shape),
+        "strong blur": blurred(lr, 3),
+        "strong JPEG": recompressed(lr, 10),
+        "blur, noise and JPEG": recompressed(np.clip(worn, 0, 255).astype(np.uint8), 30),
+    }
+    return {what: np.clip(side, 0, 255).round().astype(np.uint8) for what, side in made.items()}
+
+
+def spoiled(lr: np.ndarray) -> dict[str, np.ndarray]:
+    """LR sides that show nothing, or hardly anything."""
+    return {
+        "black": np.zeros_like(lr),
+        "white": np.full_like(lr, 255),
+        "grey": np.full_like(lr, 128),
+        "a sixteenth of the brightness": lr // 16,
+        "nearly black": np.random.default_rng(1).integers(0, 3, lr.shape).astype(np.uint8),
+        "no red": lr * np.array([0, 1, 1], np.uint8),
+    }
+
+
+@pytest.mark.parametrize("folder", ["kodak", "sunhays80"])
+def test_the_tone_of_lr_is_judged_on_real_photographs(folder):
+    """Whole photographs, and crops of 192 pixels, as small as datasets have them."""
+    for path in sorted(shared(f"data/{folder}").glob("*.png"))[::8]:
+        photo = _pixels(path)
+        whole = np.ascontiguousarray(photo[: photo.shape[0] // 4 * 4, : photo.shape[1] // 4 * 4])
+        for hr in (whole, np.ascontiguousarray(whole[:192, :192])):
+            lr = reduced(hr)
+            for what, side in {**degraded(lr), **recoloured(lr)}.items():
+                clipped = ((side == 0) | (side == 255)).mean(axis=(0, 1)).max()
+                if clipped < 0.5:  # otherwise a colour of a bright sky, say, is lost
+                    assert tone_fault(hr, side) == "", (path.name, hr.shape, what)
+            if lr.std(axis=(0, 1)).min() > 8:
+                for what, side in spoiled(lr).items():
+                    assert "LR " in tone_fault(hr, side), (path.name, hr.shape, what)
+
+
 def test_gray_and_flat_pairs_say_nothing():
     gray = np.repeat(photograph(96, 96)[..., :1], 3, axis=2)
     assert not has_swapped_colors(gray, reduced(gray)[..., ::-1].copy())
@@ -346,6 +396,35 @@ def test_shifted_and_swapped_pairs_are_turned_away(tmp_path):
     assert {record["photo"] for record in records(tmp_path / "all")} == {
         f"{name}.png" for name in sides
     }
+
+
+def test_pairs_of_another_tone_are_turned_away_and_found_by_the_checker(tmp_path):
+    pixels = photograph(160, 160, 1)
+    lr = reduced(pixels)
+    sides = {"good": lr, "dark": recoloured(lr)["half as bright"], **spoiled(lr)}
+    write_files(tmp_path / "HR", {f"{name}.png": encoded(pixels, "png") for name in sides})
+    write_files(
+        tmp_path / "LR", {f"{name}.png": encoded(side, "png") for name, side in sides.items()}
+    )
+    done = cut((tmp_path / "HR", tmp_path / "LR"), tmp_path / "out")
+    assert done.returncode == 1, done.stdout
+    assert {record["photo"] for record in records(tmp_path / "out")} == {"good.png", "dark.png"}
+    # The same pairs in a dataset that no tool of ours made.
+    for number, (name, side) in enumerate(sides.items()):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        np.save(folder / "x1_000_000.npy", np.roll(pixels, 16 * number, axis=1))
+        np.save(folder / "x1_000_000_lr4.npy", np.roll(side, 4 * number, axis=1))
+    checked = run_tool(
+        "check_training_data", "--data-dir", tmp_path / "data", "--min-size", 32, *UNGATED
+    )
+    assert checked.returncode == 1, checked.stderr
+    bad = {
+        line.split("/")[0].removeprefix("bad: ")
+        for line in checked.stdout.splitlines()
+        if line.startswith("bad: ") and "/x1_000_000.npy: not a pair" in line
+    }
+    assert bad == sides.keys() - {"good", "dark"}, checked.stdout
 
 
 def test_a_part_of_a_benchmark_within_a_large_picture_rejects_the_pair(tmp_path):

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.data.decoding import HostDecoder
-from pipeline.data.image_files import BadNpyError, is_npy, npy_layout
+from pipeline.data.image_files import BadFileError, BadNpyError, is_npy, npy_layout
 from pipeline.data.image_headers import (
     BadImageError,
     ImageHeader,
@@ -37,6 +37,7 @@ from pipeline.data.image_pixels import (
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord, DatasetHash, ManifestIndex, iterate_records
+from tools.crops.pairs import tone_fault
 from tools.crops.quality import file_gates, is_flat, is_soft
 from tools.files import printable
 
@@ -60,7 +61,8 @@ class FileCheck:
     status: FileStatus
     reason: str = ""
     bytes: int = 0
-    # Gate that a bad file fails: file (broken), size, flat, soft, leak, duplicate, near-duplicate.
+    # Gate that a bad file fails: file (broken), size, flat, soft, leak, pair, duplicate,
+    # near-duplicate.
     gate: str = ""
     perceptual_hash: str = ""  # of a good file, in hexadecimal, if known
     sha256: str = ""  # of the pixels, if a manifest lists the file
@@ -87,6 +89,7 @@ class FileChecker:
     ) -> None:
         self._root, self._rules, self._crops, self._benchmark = root, rules, crops, benchmark
         self._of_thread = threading.local()
+        self._listings: dict[str, list[str]] = {}
 
     def __call__(self, name: str) -> FileCheck:
         """Check the file `name`, relative to the dataset.
@@ -103,6 +106,7 @@ class FileChecker:
             gates = self._gates(record, pixels)
             self._check_gates(gates)
             self._check_leak(pixels, record)
+            self._check_pair(name, record, pixels)
         except BadNpyError as error:
             return FileCheck(name, FileStatus.BAD, error.reason, gate="file")
         except _GateError as error:
@@ -249,6 +253,45 @@ class FileChecker:
         if leak:
             raise _GateError("leak", f"near-identical to the benchmark image {leak} (--against)")
 
+    def _check_pair(self, name: str, record: CropRecord | None, hr: np.ndarray | None) -> None:
+        """Compare an HR image with its LR sides, if it has any and its pixels were read."""
+        if hr is None:
+            return
+        if record:
+            names = [record.lr] if record.lr else []
+        else:
+            names = _sides_by_name(self._root, name, self._listings)
+        for lr_name in names:
+            mark = _LR_MARK.search(lr_name)
+            lr = self._lr_pixels(lr_name) if mark else None
+            if mark is None or lr is None:
+                continue
+            scale = int(mark[1])
+            if lr.shape != (hr.shape[0] // scale, hr.shape[1] // scale, 3):
+                raise _GateError(
+                    "pair",
+                    f"its LR side, {printable(lr_name)}, has {lr.shape[0]}x{lr.shape[1]} pixels, "
+                    f"not 1/{scale} of {hr.shape[0]}x{hr.shape[1]}",
+                )
+            if fault := tone_fault(hr[: lr.shape[0] * scale, : lr.shape[1] * scale], lr):
+                raise _GateError("pair", f"not a pair with {printable(lr_name)}: {fault}")
+
+    def _lr_pixels(self, name: str) -> np.ndarray | None:
+        """Read an LR side; `None` if it is broken, which the check of that file reports."""
+        path = self._root / name
+        try:
+            if is_npy(name):
+                layout = npy_layout(path)
+                values = np.fromfile(path, np.uint8, offset=layout.offset)
+                return values.reshape(layout.height, layout.width, 3)
+            with open(path, "rb") as file:
+                header = read_header(file)
+                check_megapixels(header, self._rules.max_megapixels)
+                file.seek(0)
+                return decode_rgb(file.read(), header)
+        except (BadFileError, BadImageError, OSError):
+            return None
+
 
 class _GateError(Exception):
     """A file that must not be trained on, rejected by a gate."""
@@ -359,6 +402,7 @@ class DuplicateFiles:
 # --- The other side of HR and LR crops: neither can be trained on without it ---
 
 
+_LR_MARK = re.compile(r"_lr([1-9]\d*)\.\w+$")
 _SIDE = re.compile(r"((?:f\d+_)?x\d+_\d+_\d+)(_lr\d+)?(\.\w+)")
 
 
