@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from launch.cluster import messages
 from launch.cluster.hostfile import (
     HOSTFILE,
     Slots,
@@ -309,7 +311,7 @@ def _introduction(job: ClusterJob) -> str:
 def _run(job: ClusterJob) -> tuple[int, Failure | None]:
     """Run all ranks to their end. Return the signal that stopped them (0: none) and the failure."""
     try:
-        job.logs.mkdir(parents=True, exist_ok=True)
+        job.logs.mkdir(0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot create {job.logs} for the ranks' output ({error.strerror}); give another "
@@ -320,17 +322,27 @@ def _run(job: ClusterJob) -> tuple[int, Failure | None]:
         open(job.logs / "launcher.log", "a", encoding="utf-8", opener=_open_private) as log,
     ):
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {_introduction(job)}\n")
+        run, key = secrets.token_hex(8), secrets.token_hex(32)
         supervisor = Supervisor(
-            job.hosts, secrets.token_hex(16), job.task, log, names_are_ranks=job.launcher != "slurm"
+            job.hosts, run, key, job.task, log, names_are_ranks=job.launcher != "slurm"
         )
-        asyncio.run(_supervise(supervisor, job, Path(folder)))
+        if not job.key_by_stdin:
+            others = tuple(job.slots)[1:]
+            # pdsh passes these on, too.
+            ssh_arguments = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+            messages.deposit_key(run, key, others, ssh_arguments)
+        try:
+            asyncio.run(_supervise(supervisor, job, Path(folder)))
+        finally:
+            messages.remove_key(run)
     return supervisor.stopped_by, supervisor.failure
 
 
 async def _supervise(supervisor: Supervisor, job: ClusterJob, folder: Path) -> None:
     port = await supervisor.listen(job.address)
     command = job.command(folder, job.word(supervisor.run, port))
-    await supervisor.watch(command, job.launcher_variables(folder), str(ROOT))
+    stdin = f"{supervisor.key}\n" if job.key_by_stdin else ""
+    await supervisor.watch(command, job.launcher_variables(folder), str(ROOT), stdin)
 
 
 def _open_private(path: str, flags: int) -> int:

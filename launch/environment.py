@@ -26,6 +26,8 @@ import psutil
 from pipeline.cli import UserError
 from pipeline.distributed.gpus import CPU, count_gpus
 from pipeline.distributed.launcher import LAUNCHER
+from pipeline.files import private_dir
+from pipeline.installation import user_cache_dir
 from pipeline.libraries import allocator_variables
 
 STALE_LOCK_SECONDS = 600
@@ -58,7 +60,7 @@ def prepare(num_processes: int, *, on_gpu: bool) -> dict[str, str]:
     """Return the environment for `num_processes` ranks on this machine; the user's settings win."""
     environment = dict(os.environ)
     if "TORCH_EXTENSIONS_DIR" not in environment:
-        environment["TORCH_EXTENSIONS_DIR"] = str(_extensions_dir())
+        environment["TORCH_EXTENSIONS_DIR"] = str(private_dir(_extensions_dir()))
     _clear_stale_locks(Path(environment["TORCH_EXTENSIONS_DIR"]))
     environment[LAUNCHER] = str(os.getpid())
     threads = 4 if on_gpu else max(1, len(os.sched_getaffinity(0)) // num_processes)
@@ -167,10 +169,11 @@ def _extensions_dir() -> Path:
     except PackageNotFoundError:
         deepspeed = "none"
     name = f"{platform.node()}-torch{version('torch')}-ds{deepspeed}"
-    if os.access(sys.prefix, os.W_OK):
+    # What others could write there, they could let this user's next run load.
+    if os.access(sys.prefix, os.W_OK) and os.stat(sys.prefix).st_uid == os.geteuid():
         return Path(sys.prefix) / "torch_extensions" / name
     prefix = hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]
-    return Path.home() / ".cache" / "vastscale" / f"{prefix}-{name}"
+    return user_cache_dir() / f"{prefix}-{name}"
 
 
 def _clear_stale_locks(directory: Path) -> None:

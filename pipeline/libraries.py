@@ -1,4 +1,4 @@
-"""Workarounds for libraries: torchvision on CPU builds of torch, ONNX Runtime, _dynamo, glibc.
+"""Workarounds for libraries: torchvision without CUDA, ONNX Runtime, _dynamo, Inductor, glibc.
 
 torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its
 compiled operators cannot load, and torchvision 0.28.0 then fails on import: it registers shape
@@ -13,10 +13,16 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import platform
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from pipeline.files import private_dir
+from pipeline.installation import user_cache_dir
 
 _SCHEMA = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _library = None  # a torch.library.Library; its declarations vanish once it is garbage-collected
@@ -117,6 +123,30 @@ def postpone_dynamo() -> None:
 
     if "torch._dynamo" not in sys.modules:
         sys.modules["torch._dynamo"] = torch._dynamo = _PostponedDynamo("torch._dynamo")
+
+
+# Compiled code is loaded again by later processes, so nobody else may be able to write it. By
+# default Inductor keeps its own in /tmp/torchinductor_USER, a folder that anyone can make first.
+
+
+def keep_compiled_code_private() -> None:
+    """Let Inductor and Triton keep compiled code in a folder that only this user can enter.
+
+    It is below the user's cache, or in /tmp if that cannot be written. A folder that the user has
+    chosen with TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR is used as it is. Raises `UserError` if
+    the folder belongs to somebody else.
+    """
+    names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    if all(os.environ.get(name) for name in names):
+        return
+    try:
+        folder = private_dir(user_cache_dir() / "compiled")
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home folder
+        folder = private_dir(Path(tempfile.gettempdir()) / f"vastscale-{os.geteuid()}")
+    for name, part in names.items():
+        if not os.environ.get(name):
+            # Hosts that share a home folder need not have the same compiler and processor.
+            os.environ[name] = str(folder / platform.node() / part)
 
 
 # When a network runs on a CPU, its tensors are freed and allocated again in every step. By default

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import errno
 import os
-import resource
+import select
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from launch.cluster import messages
 from launch.environment import prepare
+from pipeline.cli import RunError, UserError
 from pipeline.distributed import gpus, launcher
 from pipeline.signals import stop_signals
 
@@ -41,8 +43,8 @@ LAST_WORDS_SECONDS = 3  # for output of the child that is still in the pipe
 class Guard:
     """Runs a child process, reports to the supervisor, and stops the child if either side ends."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
-        self._task = task
+    def __init__(self, task: dict[str, Any], key: str) -> None:
+        self._task, self._key = task, key
         self._place = launcher.find_rank_info()
         self._rank = self._place.rank
         self._tail: deque[str] = deque()
@@ -51,6 +53,7 @@ class Guard:
         self._was_killed = False
         self._heard = time.monotonic()
         self._ended = 0.0
+        self._is_alone = False  # the supervisor fell silent; nothing counts that it says later
 
     async def run(self) -> int:
         """Run the child from start to end.
@@ -62,7 +65,7 @@ class Guard:
         for number in stop_signals():
             asyncio.get_running_loop().add_signal_handler(number, self._stop, SAVE_SECONDS)
         try:
-            reader, writer = await self._connect()
+            inbox, writer = await self._join()
         except OSError as error:
             address, port = self._task["supervisor"]
             print(
@@ -72,18 +75,8 @@ class Guard:
                 file=sys.stderr,
             )
             return 1
-        messages.send(
-            writer, {"hello": self._task["run"], "rank": self._rank, "host": socket.gethostname()}
-        )
-        heard = messages.receive(reader)
-        try:
-            self._task |= (await asyncio.wait_for(anext(heard), CONNECT_SECONDS))["task"]
-        except (StopAsyncIteration, asyncio.TimeoutError, KeyError):
-            print(
-                f"error: the first node rejected rank {self._rank} from {socket.gethostname()}: "
-                "its run is over, or it already has this rank",
-                file=sys.stderr,
-            )
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
         try:
             log = self._open_log(writer)
@@ -102,7 +95,7 @@ class Guard:
                 self._copy(child.stderr, log, writer, "err"),
             ]
             chores = [
-                asyncio.create_task(work) for work in (self._listen(heard), self._watch(writer))
+                asyncio.create_task(work) for work in (self._listen(inbox), self._watch(writer))
             ]
             status = await asyncio.to_thread(child.wait)
             self._ended = time.monotonic()
@@ -130,18 +123,58 @@ class Guard:
             writer.close()
             await asyncio.wait_for(writer.wait_closed(), 5)
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _join(self) -> tuple[messages.Inbox, asyncio.StreamWriter]:
+        """Connect to the supervisor, exchange proofs, and add what it sends to the task.
+
+        `OSError` if it cannot be reached, `RunError` if it turns this rank away, or if something
+        else answers at its address: no task is taken from that.
+        """
         address, port = self._task["supervisor"]
         deadline = time.monotonic() + CONNECT_SECONDS
         while True:
+            writer = None
             try:
-                return await asyncio.wait_for(
-                    asyncio.open_connection(address, port, limit=messages.MOST_BYTES), 5
-                )
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 5)
+                inbox = messages.Inbox(reader)
+                # Closed at once: too many others have just connected.
+                challenge = await asyncio.wait_for(_next(inbox, "challenge", ConnectionError), 5)
+                break
             except (OSError, asyncio.TimeoutError) as error:
+                if writer:
+                    writer.close()
                 if time.monotonic() > deadline:
                     raise OSError(str(error) or "no answer") from error
                 await asyncio.sleep(0.5)
+        own, host = messages.new_nonce(), socket.gethostname()
+        about = self._task["run"], self._rank, host, challenge, own
+        messages.send(
+            writer,
+            {
+                "rank": self._rank,
+                "host": host,
+                "challenge": own,
+                "proof": messages.proof(self._key, "guard", *about),
+            },
+        )
+        try:
+            given = await asyncio.wait_for(_next(inbox, "proof", RunError), CONNECT_SECONDS)
+            if not messages.is_proof(given, self._key, "supervisor", *about):
+                writer.close()
+                raise RunError(
+                    f"{host}: what answers at {address}:{port} does not know the key of this run; "
+                    "its supervisor is gone, so start the run again"
+                )
+            inbox.most_bytes = messages.MOST_BYTES
+            task = await asyncio.wait_for(_next(inbox, "task", RunError), CONNECT_SECONDS)
+        except (RunError, asyncio.TimeoutError) as error:
+            raise RunError(
+                str(error)
+                or f"the first node rejected rank {self._rank} from {host}: its run is over, or it "
+                "already has this rank"
+            ) from error
+        self._task |= task
+        self._heard = time.monotonic()
+        return inbox, writer
 
     def _open_log(self, writer: asyncio.StreamWriter) -> IO[bytes]:
         """Open this rank's log. A host that cannot create its folder uses a temporary one.
@@ -238,8 +271,10 @@ class Guard:
         if self._rank == 0:
             messages.send(writer, {name: text})
 
-    async def _listen(self, heard: AsyncIterator[messages.Message]) -> None:
-        async for message in heard:
+    async def _listen(self, inbox: messages.Inbox) -> None:
+        async for message in inbox:
+            if self._is_alone:
+                return
             self._heard = time.monotonic()
             if "stop" in message:
                 self._stop(float(message["stop"]))
@@ -253,6 +288,7 @@ class Guard:
             # Most likely the network is down. Ranks then cannot agree on a save, so they get less
             # time.
             if time.monotonic() - self._heard > messages.SILENCE_SECONDS:
+                self._is_alone = True
                 self._stop(GRACE_SECONDS)
             if time.monotonic() > self._kill_at:
                 self._was_killed = True
@@ -279,8 +315,19 @@ class Guard:
 
 
 def _open(folder: Path, name: str) -> IO[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / name, "ab", buffering=0)
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    # A rank may print what its environment contains.
+    return open(
+        folder / name, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)
+    )
+
+
+async def _next(inbox: messages.Inbox, name: str, otherwise: type[Exception]) -> Any:
+    """Return entry `name` of the next message; raise `otherwise` if there is none."""
+    message = await anext(inbox, {})
+    if name not in message:
+        raise otherwise
+    return message[name]
 
 
 def _join(threads: Iterable[Thread], seconds: float) -> None:
@@ -290,17 +337,31 @@ def _join(threads: Iterable[Thread], seconds: float) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
+def _read_key(task: dict[str, Any]) -> str:
+    """Return the key of this launch, from stdin or from its file on this host."""
+    if not task.get("key_by_stdin"):
+        return messages.read_key(task["run"])
+    if not select.select([sys.stdin], [], [], CONNECT_SECONDS)[0]:
+        raise OSError(errno.ETIMEDOUT, "srun passed no key on stdin", "stdin")
+    return sys.stdin.readline().strip()
+
+
 def main() -> int:
     task = messages.unpack(sys.argv[1])
     # The parent is DeepSpeed's launcher on this host. If it is killed by SIGKILL, it cannot stop
     # its children, and the ranks would keep training.
     launcher.end_with_parent(signal.SIGTERM)
-    # Many ranks open many connections.
-    with suppress(OSError, ValueError):
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
+    launcher.raise_file_limit()
+    try:
+        key = _read_key(task)
+    except (OSError, UserError) as error:
+        print(
+            f"error: {socket.gethostname()} has no key of this run, which "
+            f"launch_distributed_train.sh leaves there over ssh: {error}",
+            file=sys.stderr,
         )
-    return asyncio.run(Guard(task).run())
+        return 1
+    return asyncio.run(Guard(task, key).run())
 
 
 if __name__ == "__main__":

@@ -62,9 +62,21 @@ class ClusterJob:
         """The host of each rank."""
         return [host for host, slots in self.slots.items() for _ in slots]
 
+    @property
+    def key_by_stdin(self) -> bool:
+        """Whether guards get the launch's key on stdin, which srun copies to all of them.
+
+        Slurm may start them on hosts that are in no hostfile and that ssh does not reach. The other
+        launchers give stdin to one rank at most, but reach the hosts over ssh.
+        """
+        return self.launcher == "slurm"
+
     def word(self, run: str, supervisor_port: int) -> str:
         """Return what a guard needs to find the supervisor, as one word for its command line."""
-        return messages.pack({"run": run, "supervisor": [self.address, supervisor_port]})
+        supervisor = [self.address, supervisor_port]
+        return messages.pack(
+            {"run": run, "supervisor": supervisor, "key_by_stdin": self.key_by_stdin}
+        )
 
     @property
     def task(self) -> dict[str, Any]:

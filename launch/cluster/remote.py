@@ -62,9 +62,14 @@ class CommandResult:
 
 
 def run_on(
-    hosts: Iterable[str], command: Sequence[str], *, timeout: float, stdin: str = ""
+    hosts: Iterable[str],
+    command: Sequence[str],
+    *,
+    timeout: float,
+    stdin: str = "",
+    ssh_arguments: Sequence[str] = (),
 ) -> dict[str, CommandResult]:
-    """Run `command` on all hosts at once.
+    """Run `command` on all hosts at once, with additional arguments for ssh.
 
     The status of a host that does not answer is 255 or, after `timeout` seconds, 124.
     """
@@ -72,7 +77,7 @@ def run_on(
     def run(host: str) -> CommandResult:
         try:
             done = subprocess.run(
-                ssh(host, command),
+                ssh(host, command, ssh_arguments),
                 input=stdin,
                 capture_output=True,
                 text=True,
@@ -89,9 +94,9 @@ def run_on(
         return dict(zip(hosts, pool.map(run, hosts), strict=True))
 
 
-def ssh(host: str, command: Sequence[str]) -> list[str]:
+def ssh(host: str, command: Sequence[str], arguments: Sequence[str] = ()) -> list[str]:
     """Return the command line that runs `command` on `host`, each word quoted."""
-    return ["ssh", *ssh_options(), "-T", "--", host, shlex.join(command)]
+    return ["ssh", *ssh_options(), *arguments, "-T", "--", host, shlex.join(command)]
 
 
 def ssh_options(silences: int = 3) -> list[str]:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import psutil
 
 from launch.cluster import messages
+from pipeline.distributed.launcher import raise_file_limit
 from pipeline.signals import is_stopped, stop_signals
 
 START_SECONDS = 180  # for all guards to report; DeepSpeed is imported on their hosts first
@@ -85,7 +86,8 @@ class Supervisor:
     """
 
     hosts: Sequence[str]  # the host of each rank
-    run: str  # token of this launch, see `messages`
+    run: str  # name of this launch
+    key: str  # of this launch, which its guards know; see `messages`
     task: Mapping[str, Any]  # what each guard is told to run
     log: IO[str]  # for the launcher's own output
     names_are_ranks: bool = True  # `hosts` is in the order of the ranks; else guards name theirs
@@ -99,6 +101,8 @@ class Supervisor:
     _ssh_ended: str = ""  # the first host whose ssh ended while its ranks were still running
     _speaker: _Speaker = field(default_factory=lambda: _Speaker())
     _labels: dict[str, str] = field(default_factory=dict)  # the launcher's name of a host -> host
+    # connections that have not yet proved that they belong to the run, oldest first
+    _strangers: dict[asyncio.StreamWriter, None] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
     _failed_at: float | None = None
     _end_at: float | None = None
@@ -115,14 +119,24 @@ class Supervisor:
 
     async def listen(self, address: str) -> int:
         """Listen for guards on a free port of `address`; return the port."""
-        self._server = await asyncio.start_server(self._meet, address, 0, limit=messages.MOST_BYTES)
+        raise_file_limit()  # each guard holds a connection
+        # asyncio stops receiving once twice the limit is waiting.
+        self._server = await asyncio.start_server(
+            self._meet, address, 0, limit=messages.HELLO_BYTES // 2
+        )
         return self._server.sockets[0].getsockname()[1]
 
     async def watch(
-        self, command: Sequence[str], variables: Mapping[str, str], directory: str
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        directory: str,
+        stdin: str = "",
     ) -> None:
-        """Run the launcher until every rank has ended. Sets `failure` unless all of them
-        succeeded."""
+        """Run the launcher, with `stdin`, until every rank has ended.
+
+        Sets `failure` unless all of them succeeded.
+        """
         loop = asyncio.get_running_loop()
         for number in stop_signals():
             loop.add_signal_handler(number, self._interrupted, number)
@@ -135,11 +149,14 @@ class Supervisor:
             *command,
             env=dict(variables),
             cwd=directory,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
             start_new_session=True,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
+        if launcher.stdin is not None:
+            launcher.stdin.write(stdin.encode())
+            launcher.stdin.close()
         reading = asyncio.create_task(self._read_launcher(launcher))
         try:
             # Deadlines and silence cause no event, so they are checked ten times a second.
@@ -177,16 +194,14 @@ class Supervisor:
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve a guard's connection from its first message to its last."""
-        rank = None
+        rank, inbox = None, messages.Inbox(reader)
         # CancelledError: the job is over. The others: an invalid message, which ends a connection.
         with suppress(asyncio.CancelledError, ValueError, TypeError):
-            async for message in messages.receive(reader):
-                if rank is None:
-                    rank = self._welcome(message, writer)
-                    if rank is None:
-                        break
-                rank.heard = time.monotonic()
-                self._hear(rank, message)
+            rank = await self._authenticate(inbox, writer)
+            if rank is not None:
+                async for message in inbox:
+                    rank.heard = time.monotonic()
+                    self._hear(rank, message)
         if rank is None:
             writer.close()
         elif rank.status is None:
@@ -195,21 +210,46 @@ class Supervisor:
             rank.is_lost, rank.ended = True, time.monotonic()
             self._fail()
 
-    def _welcome(self, message: messages.Message, writer: asyncio.StreamWriter) -> Rank | None:
-        """Answer a guard's first message with its task. None if it is not a rank of this launch."""
-        number = message.get("rank")
-        if (
-            message.get("hello") != self.run
-            or not isinstance(number, int)
-            or not 0 <= number < len(self._ranks)
-        ):
+    async def _authenticate(
+        self, inbox: messages.Inbox, writer: asyncio.StreamWriter
+    ) -> Rank | None:
+        """Return the rank whose guard has connected; None for anybody else, who is told nothing.
+
+        Strangers can take neither memory nor file handles: there are few connections that have not
+        proved who they are, none for long. Of too many the oldest is closed, because a guard needs
+        milliseconds.
+        """
+        self._strangers[writer] = None
+        if len(self._strangers) > messages.STRANGERS * len(self._ranks):
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        try:
+            return await asyncio.wait_for(self._welcome(inbox, writer), messages.HELLO_SECONDS)
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            self._strangers.pop(writer, None)
+
+    async def _welcome(self, inbox: messages.Inbox, writer: asyncio.StreamWriter) -> Rank | None:
+        """Exchange proofs with a guard and send its task. None if it is no rank of this launch."""
+        own = messages.new_nonce()
+        messages.send(writer, {"challenge": own})
+        message = await anext(inbox, {})
+        number, host, theirs = (message.get(name) for name in ("rank", "host", "challenge"))
+        about = self.run, number, host, own, theirs
+        if not messages.is_proof(message.get("proof"), self.key, "guard", *about):
+            return None
+        if not isinstance(number, int) or not 0 <= number < len(self._ranks):
             return None
         rank = self._ranks[number]
         if rank.writer is not None:
             return None
-        rank.writer = writer
+        rank.writer, rank.heard = writer, time.monotonic()
+        inbox.most_bytes = messages.MOST_BYTES
         if not self.names_are_ranks:
-            rank.host = str(message.get("host", rank.host))
+            rank.host = str(host)
+        messages.send(writer, {"proof": messages.proof(self.key, "supervisor", *about)})
         # The task travels here and not in the guard's command line, which every user of the host
         # can read: its environment may contain keys.
         messages.send(writer, {"task": dict(self.task)})

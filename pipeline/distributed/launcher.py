@@ -12,6 +12,7 @@ import ctypes
 import ipaddress
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -112,6 +113,13 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
     pr_set_pdeathsig = 1
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as it is allowed to: many ranks need many connections."""
+    with suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 # --- One function per launcher ---

@@ -26,7 +26,7 @@ from pipeline.inference.backends import (
     window_pixels,
 )
 from pipeline.inference.devices import Device
-from pipeline.libraries import keep_freed_memory
+from pipeline.libraries import keep_compiled_code_private, keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED_AFTER = 64
@@ -118,6 +118,7 @@ class TorchBackend:
             return network
         self._shown[key] += 1
         if self._shown[key] > COMPILED_AFTER and key not in self._compiled:
+            keep_compiled_code_private()
             self._compiled[key] = torch.compile(network, dynamic=False)
         return self._compiled.get(key, network)
 

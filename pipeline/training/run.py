@@ -25,7 +25,11 @@ from pipeline.distributed.ranks import Ranks, start_distributed, stop_distribute
 from pipeline.distributed.stopping import StopSignals, Watchdog
 from pipeline.files import short_path
 from pipeline.installation import as_typed
-from pipeline.libraries import keep_freed_memory, postpone_dynamo
+from pipeline.libraries import (
+    keep_compiled_code_private,
+    keep_freed_memory,
+    postpone_dynamo,
+)
 from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import checkpoint_steps, move_aside, run_lock
@@ -139,6 +143,7 @@ def train(options: TrainOptions, plans: Sequence[TrainPlan]) -> int:
     patience = options.watchdog_minutes + 5 if options.watchdog_minutes else 24 * 60
     ranks = start_distributed(max(10.0, patience))
     postpone_dynamo()
+    keep_compiled_code_private()
     if ranks.device.type == "cpu":
         keep_freed_memory()
     try:

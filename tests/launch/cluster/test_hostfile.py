@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -527,6 +528,11 @@ def job(
     )
 
 
+def meeting(launcher: str) -> dict[str, Any]:
+    """Return what a guard's command line says: where the supervisor is, and no key."""
+    return {"run": "run", "supervisor": ["10.0.0.1", 1], "key_by_stdin": launcher == "slurm"}
+
+
 def line_for_a_shell(command: list[str], python: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return what DeepSpeed's launcher, run as `command`, lets pdsh pass to the hosts' shells."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
@@ -558,7 +564,7 @@ def test_an_argument_runs_nothing_and_arrives_unchanged(
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         *words, word = remote.words()
         assert words[-1].endswith("/launch/cluster/guard.py")
-        assert messages.unpack(word) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
+        assert messages.unpack(word) == meeting("pdsh")
     # A rank's task never passes through a shell: it is sent over the guard's connection as JSON.
     assert json.loads(json.dumps(sent.task)) == {
         "logs": str(tmp_path / "logs"),
@@ -639,7 +645,7 @@ def test_nothing_in_the_launchers_environment_runs(tmp_path: Path, canary: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert messages.unpack(remote.words()[-1]) == {"run": "run", "supervisor": ["10.0.0.1", 1]}
+    assert messages.unpack(remote.words()[-1]) == meeting(sent.launcher)
     assert sent.task["arguments"] == payloads
     assert sent.task["environment"] == {"A": hostile}
     assert not canary.exists()

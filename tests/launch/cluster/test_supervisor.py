@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ import pytest
 from conftest import ROOT, environment
 from launch.cluster import messages
 
-TOKEN = "0123456789abcdef"
+NAME, KEY = "0123456789abcdef", "secret" * 8
 HOSTS = ("here", "there")
 SECONDS = 10
 """Time limit for all ranks to end, on a busy machine."""
@@ -88,6 +89,8 @@ hosts = {host: tuple(range(given["hosts"].count(host))) for host in given["hosts
 job = ClusterJob(hosts, "127.0.0.1", 29500, tuple(given["ranks"]), given["variables"],
           given["directory"], Path(given["logs"]))
 
+messages.deposit_key(given["run"], given["key"])
+
 async def supervise(watch):
     port = await watch.listen("127.0.0.1")
     Path(".port").write_text(str(port))
@@ -100,9 +103,10 @@ async def supervise(watch):
         await watch.watch(command, variables, "CHECKOUT")
 
 with open("launcher.log", "w") as log:
-    watch = supervisor.Supervisor(job.hosts, given["token"], job.task, log,
+    watch = supervisor.Supervisor(job.hosts, given["run"], given["key"], job.task, log,
                                   names_are_ranks=given["names_are_ranks"])
     asyncio.run(supervise(watch))
+messages.remove_key(watch.run)
 failure = watch.failure and vars(watch.failure)
 Path("outcome").write_text(json.dumps({"stopped_by": watch.stopped_by, "failure": failure}))
 """
@@ -195,7 +199,8 @@ class Run:
             "variables": variables or {},
             "directory": directory or str(self.folder),
             "logs": str(logs or self.logs),
-            "token": TOKEN,
+            "run": NAME,
+            "key": KEY,
             "names_are_ranks": names_are_ranks,
             "launcher": command,
         }
@@ -206,7 +211,11 @@ class Run:
         ):
             self.process = subprocess.Popen(
                 [sys.executable, str(self.checkout / "supervise.py"), json.dumps(given)],
-                env=own | {"TORCH_EXTENSIONS_DIR": str(self.folder / "extensions")},
+                env=own
+                | {
+                    "HOME": str(self.folder),
+                    "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
+                },
                 cwd=self.folder,
                 stdout=stdout,
                 stderr=stderr,
@@ -255,11 +264,40 @@ class Run:
         files = [*self.folder.glob("train-*"), *self.folder.glob("guard-*")]
         return [pid for pid in (int(file.read_text() or 0) for file in files) if is_alive(pid)]
 
+    def readers_of_the_key(self) -> list[str]:
+        """Return what shows the key of the processes here, other than the test's supervisor."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    if KEY.encode() in (process / name).read_bytes():
+                        found.append(f"{process.name} {name}")
+        return [one for one in found if one != f"{self.process.pid} cmdline"]
+
     def connect(self, *said: bytes) -> socket.socket:
         """Connect to the supervisor and send these lines."""
         connection = socket.create_connection(("127.0.0.1", int(self.read("port"))), 10)
         with contextlib.suppress(ConnectionError):  # it may be closed before everything is sent
             connection.sendall(b"".join(said))
+        return connection
+
+    def join(self, rank: Any, *said: bytes, key: str = KEY) -> socket.socket:
+        """Connect to the supervisor as the guard of `rank` does, and send these lines."""
+        connection = self.connect()
+        challenge = json.loads(next(connection.makefile()))["challenge"]
+        about = NAME, rank, "x", challenge, "nonce"
+        connection.sendall(
+            json.dumps(
+                {
+                    "rank": rank,
+                    "host": "x",
+                    "challenge": "nonce",
+                    "proof": messages.proof(key, "guard", *about),
+                }
+            ).encode()
+            + b"\n"
+            + b"".join(said)
+        )
         return connection
 
 
@@ -475,18 +513,11 @@ def test_a_rank_that_does_not_save_in_time_is_named(run: Run) -> None:
 # --- Connections that are not from ranks ---
 
 
-def hello(rank: int) -> bytes:
-    return b'{"hello": "%s", "rank": %d, "host": "x"}\n' % (TOKEN.encode(), rank)
-
-
 STRANGE = [
     b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
-    b'{"hello": "wrong", "rank": 0, "host": "evil"}\n'
+    b'{"rank": 0, "host": "evil", "challenge": "a", "proof": "b"}\n'
     b'{"out": "evil"}\n{"exit": 1, "tail": "evil"}\n',
     b'{"rank": 0}\n{"exit": 1}\n',
-    b'{"hello": "%s", "rank": 2}\n{"exit": 1}\n' % TOKEN.encode(),
-    b'{"hello": "%s", "rank": -1}\n{"exit": 1}\n' % TOKEN.encode(),
-    b'{"hello": "%s", "rank": "0"}\n{"exit": 1}\n' % TOKEN.encode(),
     b'{"exit": 1}\n',
     b"[1]\n",
     b"null\n",
@@ -497,10 +528,12 @@ STRANGE = [
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side closes the connection and has sent nothing but beats."""
+    """Whether the other side closes the connection and has sent nothing but its challenge."""
+    received = b""
     try:
         while data := connection.recv(1 << 16):
-            assert not data.replace(b'{"beat": 0}\n', b"")
+            received += data
+            assert re.fullmatch(rb'{"challenge": "[0-9a-f]{32}"}\n', received)
     except ConnectionResetError:
         return True
     except TimeoutError:
@@ -522,8 +555,11 @@ def test_strangers_are_not_taken_for_ranks(run: Run) -> None:
         for rank in (0, 1):
             run.read(f"train-{rank}")
         # Both ranks have already connected.
-        for said in (*STRANGE, hello(0) + b'{"exit": 1}\n', hello(1) + b'{"out": "evil"}\n'):
+        for said in STRANGE:
             assert is_closed(stack.enter_context(run.connect(said)))
+        for rank in (-1, 0, 1, 2, "0", None, 0.5):
+            connection = stack.enter_context(run.join(rank, b'{"out": "evil"}\n{"exit": 1}\n'))
+            assert is_closed(connection)
         run.go()
         outcome = run.finish()
     assert outcome == JobOutcome(0, "", "", 0, "well\n", "")
@@ -539,16 +575,18 @@ while not os.path.exists("go"):
 
 
 def heard(connection: socket.socket) -> messages.Message:
-    """Return the supervisor's next message that is neither a beat nor a task; {} if it has closed
-    the connection."""
+    """Return the supervisor's next message that is no beat, proof or task; {} if it has closed the
+    connection."""
     received = (json.loads(line) for line in connection.makefile())
-    return next((message for message in received if not message.keys() & {"beat", "task"}), {})
+    return next(
+        (message for message in received if not message.keys() & {"beat", "proof", "task"}), {}
+    )
 
 
 def test_a_guard_that_vanishes_is_named(run: Run) -> None:
     run.start(launcher=NO_GUARDS)
-    with run.connect(hello(0)) as one:
-        run.connect(hello(1)).close()
+    with run.join(0) as one:
+        run.join(1).close()
         assert heard(one) == {"stop": SHORT["END_SECONDS"]}
         run.go()
         one.sendall(b'{"exit": 143, "tail": "stopped and saved"}\n')
@@ -562,13 +600,13 @@ def test_a_guard_that_vanishes_is_named(run: Run) -> None:
 def test_a_host_that_falls_silent_is_named(run: Run) -> None:
     """A rank counts as alive as long as its guard sends beats, and the second sends none."""
     run.start(launcher=NO_GUARDS, SILENCE_SECONDS=1.5, BEAT_SECONDS=0.2)
-    with run.connect(hello(0)) as one, run.connect(hello(1)):
+    with run.join(0) as one, run.join(1):
         began = time.monotonic()
         lines = one.makefile()
         for line in lines:
             if "stop" in json.loads(line):
                 break
-            assert "task" in json.loads(line) or json.loads(line) == {"beat": 0}
+            assert json.loads(line).keys() & {"beat", "proof", "task"}
             one.sendall(b'{"beat": 0}\n')
         assert 1.0 < time.monotonic() - began < SECONDS
         run.go()
@@ -585,10 +623,8 @@ def test_a_host_that_falls_silent_is_named(run: Run) -> None:
 def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, echo: str) -> None:
     """The kernel may tell a rank that its peer is gone long before that host counts as silent."""
     run.start(launcher=NO_GUARDS, SILENCE_SECONDS=1.5, BEAT_SECONDS=0.2, TOGETHER_SECONDS=0.1)
-    with run.connect(hello(1)):
-        run.connect(
-            hello(0), json.dumps({"exit": 1, "tail": f"RuntimeError: {echo}"}).encode() + b"\n"
-        )
+    with run.join(1):
+        run.join(0, json.dumps({"exit": 1, "tail": f"RuntimeError: {echo}"}).encode() + b"\n")
         run.go()
         outcome = run.finish()
     assert outcome.cause == (
@@ -599,7 +635,7 @@ def test_a_host_that_falls_silent_is_named_though_its_peer_ends_first(run: Run, 
 def test_hosts_are_asked_where_ranks_are(run: Run) -> None:
     """Slurm may number the ranks in another order than the hostfile."""
     run.start(launcher=NO_GUARDS, names_are_ranks=False)
-    with run.connect(hello(0)) as one, run.connect(hello(1), b'{"exit": 1, "tail": "no"}\n'):
+    with run.join(0) as one, run.join(1, b'{"exit": 1, "tail": "no"}\n'):
         assert "stop" in heard(one)
         run.go()
         one.sendall(b'{"exit": 143, "tail": ""}\n')
@@ -610,7 +646,7 @@ def test_hosts_are_asked_where_ranks_are(run: Run) -> None:
 def test_the_first_of_several_echoes_is_named_if_there_is_no_cause(run: Run) -> None:
     run.start(launcher=NO_GUARDS)
     said = b'{"exit": 1, "tail": "Connection reset by peer"}\n'
-    with run.connect(hello(1), said), run.connect(hello(0)) as other:
+    with run.join(1, said), run.join(0) as other:
         assert "stop" in heard(other)
         run.go()
         other.sendall(said)
@@ -683,7 +719,11 @@ def test_deepspeeds_own_launcher_is_supervised_too(run: Run) -> None:
         "print(os.environ['CROSS_SIZE'], os.environ['LOCAL_SIZE'])\n" + SLEEP,
         "wait_for('ready-0')\nraise ArithmeticError('the seventh step')",
     )
+    ranks = (ranks[0], "wait_for('go')\n" + ranks[1])
     run.start(*ranks, hosts=("localhost", "localhost"), launcher="")
+    run.read("ready-0")
+    assert run.readers_of_the_key() == []
+    run.go()
     outcome = run.finish()
     assert outcome.cause == "rank 1 on localhost ended with status 1"
     assert outcome.tail.endswith("ArithmeticError: the seventh step\n")
@@ -709,18 +749,25 @@ def test_ranks_save_when_their_supervisor_falls_silent(run: Run) -> None:
         run.read(f"ready-{rank}")
     os.kill(run.process.pid, signal.SIGSTOP)
     wait_until(lambda: not is_alive(run.pid("train-1")), "the rank is left", SECONDS)
-    assert (run.logs / "rank-00000.log").read_text().endswith("stopped and saved\n")
+    log = run.logs / "rank-00000.log"
+    wait_until(
+        lambda: log.read_text().endswith("stopped and saved\n"), "nothing was saved", SECONDS
+    )
 
 
 def lone_guard(run: Run, port: int, seconds: float) -> subprocess.Popen[str]:
-    word = messages.pack({"run": TOKEN, "supervisor": ["127.0.0.1", port]})
+    keys = run.folder / messages.KEYS
+    keys.mkdir(mode=0o700, parents=True)
+    with open(keys / NAME, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(KEY)
+    word = messages.pack({"run": NAME, "supervisor": ["127.0.0.1", port]})
     code = (
         f"import sys; sys.path.insert(0, {str(run.checkout)!r}); from launch.cluster import guard; "
         f"guard.CONNECT_SECONDS = {seconds}; sys.exit(guard.main())"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, word],
-        env={**environment(), "RANK": "0", "WORLD_SIZE": "1"},
+        env={**environment(), "HOME": str(run.folder), "RANK": "0", "WORLD_SIZE": "1"},
         cwd=run.folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -785,9 +832,9 @@ def test_messages_after_an_invalid_one_are_ignored(
     said: bytes, heard: list[dict[str, Any]]
 ) -> None:
     async def listen() -> list[dict[str, Any]]:
-        reader = asyncio.StreamReader(limit=messages.MOST_BYTES)
+        reader = asyncio.StreamReader()
         reader.feed_data(said)
         reader.feed_eof()
-        return [message async for message in messages.receive(reader)]
+        return [message async for message in messages.Inbox(reader, messages.MOST_BYTES)]
 
     assert asyncio.run(listen()) == heard
