@@ -66,6 +66,18 @@ def tiny_saved(seed: int = 0, **params) -> SavedNetwork:
     return SavedNetwork("vapsr", params.pop("scale", 2), params, network.state_dict())
 
 
+def write_cubic(path: Path) -> Path:
+    """Write weights of a network that does exactly cubic upscaling by 2; return the path."""
+    params = {**TINY, "global_residual": "bicubic"}
+    torch.manual_seed(0)
+    network = VapSR(scale=2, **params)
+    with torch.no_grad():
+        network.upsampler[-2].weight.zero_()
+        network.upsampler[-2].bias.zero_()
+    write_network(path, SavedNetwork("vapsr", 2, params, network.state_dict()))
+    return path
+
+
 def make_run(
     root: Path,
     name: str = "demo",

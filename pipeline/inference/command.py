@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,9 @@ from pipeline.files import write_atomically
 from pipeline.inference import png
 from pipeline.inference.choosing import choose_backend
 from pipeline.inference.devices import choose_device
+from pipeline.inference.film_segments import discard_leftovers
 from pipeline.inference.jobs import UpscalingJob, plan_jobs, unread_files, without_existing
+from pipeline.inference.measurements import digest
 from pipeline.inference.pictures import Picture, encode_picture, picture_size, read_picture
 from pipeline.inference.reach import Reach
 from pipeline.inference.sizes import TargetSize, upscale_picture
@@ -61,6 +63,9 @@ def run_upscaling(
         raise UserError(f"--png-level {png_level} must be from {png.LEVELS[0]} to {png.LEVELS[-1]}")
     target = TargetSize.of(scale, size, pre_downsample)
     planned = plan_jobs(inputs, out, f".{format}")
+    for job in planned:
+        if job.is_video and job.target.exists():
+            discard_leftovers(job.target)
     jobs = without_existing(planned, force=force, skip_existing=skip_existing)
     if unread := unread_files(inputs, out):
         print(unread)
@@ -89,7 +94,11 @@ def run_upscaling(
         f"{'file' if len(jobs) == 1 else 'files'}",
         flush=True,
     )
-    failures = _run_all(jobs, target, upscaler, expected(upscaler.scale), png_level)
+    settings = {
+        "network": _digest(chosen.file) if any(job.is_video for job in jobs) else "",
+        "options": [tile, exact, precision, backend, device],
+    }
+    failures = _run_all(jobs, target, upscaler, expected(upscaler.scale), png_level, settings)
     print(f"upscaled: {len(jobs) - len(failures)} of {len(jobs)} into {out}", flush=True)
     for job, reason in failures:
         print(f"failed: {job.source}: {reason}", file=sys.stderr)
@@ -102,11 +111,13 @@ def _run_all(
     upscaler: Upscaler,
     expected: Sequence[float],
     png_level: int | None,
+    settings: Mapping[str, object],
 ) -> list[tuple[UpscalingJob, str]]:
     """Do the jobs; return those that failed, with the reason.
 
     Meanwhile the next picture is read and previous results are written. The progress bar counts the
-    pixels that the network is shown; `expected` gives their number for each job.
+    pixels that the network is shown; `expected` gives their number for each job. An interrupted
+    video continues if `settings` are the same.
     """
     reasons: dict[UpscalingJob, str] = {}
     done = 0.0
@@ -128,6 +139,7 @@ def _run_all(
                         target,
                         upscaler,
                         lambda pixels: bar.update(pixels / 1e6),
+                        settings,
                     )
                 else:
                     writer.put(
@@ -179,6 +191,13 @@ class ResultWriter:
         job, _, written = self._waiting.popleft()
         with _recording_failure(job, self.reasons):
             written.result()
+
+
+def _digest(network: Path) -> str:
+    """Return the SHA-256 of a network's file or, for OpenVINO, of both files."""
+    weights = network.with_suffix(".bin")
+    has_weights = network.suffix.lower() == ".xml" and weights.is_file()
+    return digest(*(path.read_bytes() for path in [network, *([weights] if has_weights else [])]))
 
 
 def _bar(pixels: float) -> tqdm:

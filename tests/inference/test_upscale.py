@@ -18,7 +18,15 @@ from av.video.frame import VideoFrame
 from PIL import Image, ImageCms, ImageOps
 
 import upscale
-from fabricate import TINY, make_run, picture, run_command, shared, tiny_network, tiny_saved
+from fabricate import (
+    make_run,
+    picture,
+    run_command,
+    shared,
+    tiny_network,
+    tiny_saved,
+    write_cubic,
+)
 from pipeline import cli
 from pipeline.images import cubic_resize
 from pipeline.inference import (
@@ -35,8 +43,7 @@ from pipeline.inference.pictures import Picture
 from pipeline.inference.tiles import lay_tiles
 from pipeline.inference.video import _pixels
 from pipeline.libraries import import_torchvision
-from pipeline.models.vapsr import VapSR
-from pipeline.models.weights import SavedNetwork, read_network, write_network
+from pipeline.models.weights import read_network
 
 CPU = torch.device("cpu")
 
@@ -56,16 +63,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def cubic(tmp_path_factory):
-    """Weights of a network that does exactly cubic upscaling by 2."""
-    params = {**TINY, "global_residual": "bicubic"}
-    torch.manual_seed(0)
-    network = VapSR(scale=2, **params)
-    with torch.no_grad():
-        network.upsampler[-2].weight.zero_()
-        network.upsampler[-2].bias.zero_()
-    path = tmp_path_factory.mktemp("weights") / "cubic.safetensors"
-    write_network(path, SavedNetwork("vapsr", 2, params, network.state_dict()))
-    return path
+    return write_cubic(tmp_path_factory.mktemp("weights") / "cubic.safetensors")
 
 
 def on_cpu(network, precision="auto", **options):
@@ -831,11 +829,3 @@ def test_reserved_colour_tags_change_no_pixel():
     tagged.color_primaries, tagged.color_trc = 0, 3
     assert np.array_equal(_pixels(tagged), _pixels(plain))
     assert (tagged.color_primaries, tagged.color_trc) == (0, 3)
-
-
-def test_a_container_that_cannot_hold_the_sound_leaves_nothing(tmp_path, capsys, cubic):
-    source = clip(tmp_path / "a.mkv", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "wmav2")
-    status, _, err = run(capsys, source, "-o", tmp_path / "out.mp4", "--model", cubic)
-    assert status == 1
-    assert "mp4 files do not support; choose -o NAME.mkv" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv"]

@@ -17,7 +17,7 @@ from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
-from pipeline.data.videos import BITEXACT, SMOOTH, reformat
+from pipeline.data.videos import BITEXACT, SMOOTH, read_packets, reformat
 from pipeline.libraries import cv2
 from tools.video.choice import FrameChooser, Sampling, thumbnail
 from tools.video.probe import (
@@ -25,7 +25,6 @@ from tools.video.probe import (
     Segment,
     VideoInfo,
     open_video,
-    read_packets,
     square_size,
 )
 

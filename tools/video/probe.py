@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,18 @@ from typing import NamedTuple
 
 import av
 from av.container import InputContainer
-from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 
-from pipeline.data.videos import UNKNOWN_MATRIX
+from pipeline.data.videos import (
+    CONTAINER_OPTIONS,
+    PICTURES,
+    UNKNOWN_MATRIX,
+    Orientation,
+    orientation,
+    read_packets,
+)
 
 # AVColorSpace -> matrix for swscale; RGB (0) needs none.
 _MATRICES = {
@@ -42,14 +47,8 @@ _GAMUT_MAP = "zscale=p=bt709:t=bt709:m=bt709:r=tv,format=yuv420p"
 # Per frame; 8K has 33, and a header that claims more would only fill the memory.
 MAX_MEGAPIXELS = 64
 MAX_HOURS = 7 * 24  # largest time span of a file; longer ones have broken timestamps
-MAX_READ_ERRORS = 100  # consecutive errors, so that a damaged file is not read forever
 NUM_FIRST_FRAMES = 8  # examined for properties that the header lacks
 _MAX_FIRST_PACKETS = 600
-_OPTIONS = {  # a "video" could be a playlist that names other files, or servers
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,yuv4mpegpipe",
-}
-_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _INTERLACED_ORDERS = range(2, 6)  # AV_FIELD_TT, _BB, _TB, _BT
 _MAX_ASPECT = 4  # of a pixel, in both directions; DVDs have up to 1.46, anamorphic lenses 2
 
@@ -195,7 +194,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not status.st_size:
         raise BadVideoError("empty file")
     try:
-        container = av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
+        container = av.open(f"file:{path}", options=CONTAINER_OPTIONS, metadata_errors="replace")
     except av.FFmpegError as error:
         raise BadVideoError(
             f"not a video, or its header is damaged or truncated ({error.strerror})"
@@ -205,7 +204,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _main_stream(container: InputContainer) -> VideoStream:
-    streams = [stream for stream in container.streams.video if not stream.disposition & _PICTURES]
+    streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
     if not streams:
         pictures = " except cover art" if container.streams.video else ""
         raise BadVideoError(f"no video stream{pictures}")
@@ -255,31 +254,6 @@ def _first_frames(container: InputContainer, stream: VideoStream) -> list[VideoF
     return frames
 
 
-def read_packets(
-    container: InputContainer, *streams: av.stream.Stream
-) -> Iterator[av.Packet | None]:
-    """Yield packets to the end of the file, including the empty one that flushes the decoder.
-
-    `None` stands for a read error.
-    """
-    errors = 0
-    while errors < MAX_READ_ERRORS:
-        try:
-            for packet in container.demux(*streams):
-                errors = 0
-                yield packet
-            return
-        # Raised by PyAV at the end of the file, when it flushes streams that appeared midway
-        # (MPEG-TS).
-        except IndexError:
-            return
-        except av.InvalidDataError:  # damaged here; what follows may be good
-            errors += 1
-            yield None
-        except av.FFmpegError as error:
-            raise OSError(error.errno, error.strerror) from error
-
-
 def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, float]:
     """Return (first presentation time, end, in ticks; seconds missing at the end).
 
@@ -311,7 +285,7 @@ def _span(container: InputContainer, stream: VideoStream) -> tuple[int, int, flo
 def _read_all_times(
     container: InputContainer, stream: VideoStream
 ) -> tuple[int | None, int | None, float]:
-    with av.open(container.name, options=_OPTIONS, metadata_errors="replace") as reopened:
+    with av.open(container.name, options=CONTAINER_OPTIONS, metadata_errors="replace") as reopened:
         return _read_times(reopened, reopened.streams[stream.index])
 
 
@@ -335,30 +309,6 @@ def _read_times(
 
 
 # --- How stored samples become a picture ---
-
-
-class Orientation(NamedTuple):
-    """How to turn a stored frame upright: transpose it, then flip rows, then columns."""
-
-    transpose: bool = False
-    flip_rows: bool = False
-    flip_columns: bool = False
-
-
-def orientation(frame: VideoFrame) -> Orientation | None:
-    """Read the display matrix, which maps stored points (x right, y down) to displayed ones.
-
-    `None` if it is not a multiple of a quarter turn.
-    """
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return Orientation()
-    a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])  # (x, y) -> (a x + c y, b x + d y)
-    if not (b or c) and a and d:
-        return Orientation(False, d < 0, a < 0)
-    if not (a or d) and b and c:
-        return Orientation(True, b < 0, c < 0)
-    return None
 
 
 def square_size(height: int, width: int, aspect: Fraction) -> tuple[int, int]:
