@@ -5,11 +5,16 @@ Imports no torch.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -217,6 +222,69 @@ def check_utf8(path: str | os.PathLike[str], library: str) -> None:
             f"{os.fspath(path)!r}: {library} cannot open a path that is not UTF-8; rename the "
             "folder or file, or choose another one"
         ) from None
+
+
+# Libraries leave temporary files when a process is killed, such as the modules that DALI generates
+# while a pipeline is built. Each process that needs them has a folder of its own, which it locks;
+# the kernel releases the lock when the process ends in any way. The folders are where the system or
+# TMPDIR wants temporary files and not in the user's cache, which may be slow or small: checkpoints
+# pass through them on their way to other hosts.
+
+_temporary: dict[int, Path] = {}  # by process: a fork does not own its parent's folder
+
+
+def use_private_temp() -> Path:
+    """Let this process keep its temporary files in a folder of its own; return it.
+
+    First removes the folders of this user's processes that are dead. The folder is removed when the
+    process ends normally, and otherwise by the next process that calls this. Libraries and child
+    processes find it by `tempfile` and TMPDIR. Raises `UserError` if the place belongs to another
+    user.
+    """
+    if os.getpid() in _temporary:
+        return _temporary[os.getpid()]
+    # A child process gets TMPDIR from its parent, whose folder it must not put its own into.
+    place = os.environ.setdefault("VASTSCALE_TMPDIR", tempfile.gettempdir())
+    root = private_dir(Path(place) / f"vastscale-{os.geteuid()}")
+    # Processes that start together must not take each other's new folder for a dead one's.
+    with open(root / "lock", "w") as guard:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        for entry in root.iterdir():
+            if re.fullmatch(r"process-[0-9]+-\w+", entry.name) and not _is_held(entry):
+                shutil.rmtree(entry, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"process-{os.getpid()}-", dir=root))
+        # Open, and so locked, until the process ends.
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _temporary[os.getpid()] = folder
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    atexit.register(remove_private_temp)
+    return folder
+
+
+def remove_private_temp() -> None:
+    """Remove this process's temporary files, before an exit without clean-up."""
+    if folder := _temporary.pop(os.getpid(), None):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a live process has locked `folder`; also if that is uncertain."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False  # killed before it locked the folder
+    except OSError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def short_path(path: Path) -> str:

@@ -23,7 +23,7 @@ from pipeline.cli import DISK_ERRORS, RunError, UserError, disk_error
 from pipeline.distributed.launcher import GUARDED
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
-from pipeline.files import short_path
+from pipeline.files import remove_private_temp, short_path, use_private_temp
 from pipeline.installation import as_typed
 from pipeline.libraries import (
     keep_compiled_code_private,
@@ -146,6 +146,7 @@ def train(options: TrainOptions, plans: Sequence[TrainPlan]) -> int:
     keep_compiled_code_private()
     if ranks.device.type == "cpu":
         keep_freed_memory()
+    use_private_temp()
     try:
         status = _train_all(plans, ranks, watchdog)
     except BaseException as error:
@@ -200,6 +201,7 @@ def _exit_at_once(error: BaseException, ranks: Ranks) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    remove_private_temp()
     os._exit(status)
 
 
