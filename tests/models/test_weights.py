@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -12,8 +14,7 @@ import safetensors.torch
 import torch
 from test_vapsr import plain_vapsr
 
-from conftest import run_python
-from fabricate import TINY, make_run, shared, tiny_network, tiny_saved
+from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
 from pipeline import run_folder
 from pipeline.cli import UserError
 from pipeline.images import to_bytes
@@ -848,4 +849,4 @@ def test_the_newest_run_is_the_one_saved_last(tmp_path):
 
 def test_run_folder_needs_no_torch():
     code = "import sys, pipeline.run_folder; sys.exit('torch' in sys.modules)"
-    assert run_python(code).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60).returncode == 0
