@@ -393,7 +393,7 @@ def _wait_for_lock(
         except OSError as error:
             raise UserError(
                 f"{run_dir}: the run folder cannot be written: {error.strerror}; "
-                "make room or fix its permissions, or use another --output-dir"
+                "free disk space or fix its permissions, or use another --output-dir"
             ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -134,7 +134,7 @@ def _raise_together(failure: str, ranks: Ranks) -> None:
     def raise_failure() -> None:
         if failure:
             raise UserError(
-                f"the checkpoint could not be copied: {failure}; make room there, or set TMPDIR"
+                f"the checkpoint could not be copied: {failure}; free disk space, or set TMPDIR"
             )
 
     ranks.on_all_ranks(raise_failure)

@@ -320,7 +320,7 @@ def finish_return(run: Any, say: Callable[[str], None]) -> dict[str, Any] | None
     what = (
         f"leaving out {counted(len(samples), 'sample')}"
         if entry.excluded
-        else f"passing over samples {samples[0]} to {samples[-1]}"
+        else f"skipping samples {samples[0]} to {samples[-1]}"
     )
     command = _show_command(plan, samples)
     say(
