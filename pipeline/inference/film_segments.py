@@ -27,7 +27,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
 
 from pipeline.cli import UserError
-from pipeline.files import flush, write_atomically
+from pipeline.files import flush, parse_json, write_atomically
 
 FORMAT = 1
 """Version of the segments' format, of the encoder's options and of how frames are encoded."""
@@ -254,7 +254,7 @@ class FilmSegments:
 def _read_entry(path: Path) -> dict[str, Any] | None:
     """Read the index entry of a segment; `None` if it or the segment is damaged or missing."""
     try:
-        entry = json.loads(path.with_suffix(".json").read_bytes())
+        entry = parse_json(path.with_suffix(".json").read_bytes())
         expected = entry.pop("entry_sha256")
         if _digest(entry) != expected:
             return None
@@ -262,7 +262,7 @@ def _read_entry(path: Path) -> dict[str, Any] | None:
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 content.update(piece)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return entry if content.hexdigest() == entry["sha256"] else None
 

@@ -18,6 +18,7 @@ import warm
 from fabricate import run_command, tiny_saved, write_cubic
 from pipeline.cli import RunError, UserError
 from pipeline.inference import video
+from pipeline.inference.film_output import write_film
 from pipeline.inference.film_segments import _digest, discard_leftovers, open_segments
 from pipeline.inference.sizes import TargetSize
 from pipeline.inference.video import upscale_video
@@ -149,6 +150,24 @@ def test_one_damaged_packet_of_sound_costs_that_packet_alone(tmp_path, capsys, c
         whole = [data for _, data, _ in packets(source, "audio")]
         assert len(kept) == len(whole) - 3
         assert samples(tmp_path / name).shape[1] > 40_000
+
+
+def test_sound_that_cannot_be_finished_as_a_copy_is_converted(
+    tmp_path, capsys, doubled, restoring, monkeypatch
+):
+    source, whole = doubled
+    result = tmp_path / "out.mkv"
+
+    def refusing(*arguments, copies_sound):
+        if copies_sound:  # as when the last packets, which wait for others, are damaged
+            raise av.InvalidDataError(av.error.ErrorType.INVALIDDATA.value, "")
+        return write_film(*arguments, copies_sound=copies_sound)
+
+    monkeypatch.setattr(video, "write_film", refusing)
+    double(source, result)
+    assert capsys.readouterr().err.endswith("audio track 1 is converted from aac to FLAC\n")
+    assert packets(result, "video") == packets(whole, "video")
+    assert np.array_equal(samples(result), samples(source))
 
 
 def test_tracks_keep_order_language_title_and_default_flag(tmp_path, capsys, cubic):
@@ -431,7 +450,7 @@ def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path, doubled, 
     assert_same_film(result, whole)
 
 
-@pytest.mark.parametrize("name", ["000001.h264", "000001.json"])
+@pytest.mark.parametrize("name", ["000001.h264", "000001.json", "000000.json"])
 def test_a_damaged_segment_is_made_again(tmp_path, doubled, restoring, name):
     source, whole = doubled
     result, folder = tmp_path / "out.mkv", tmp_path / ".out.mkv.segments"
@@ -443,7 +462,7 @@ def test_a_damaged_segment_is_made_again(tmp_path, doubled, restoring, name):
     (folder / "film").unlink()
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 4
-    (folder / name).write_bytes(content)
+    (folder / name).write_bytes(b"[]" if name == "000000.json" else content)
     double(source, result)
     assert_same_film(result, whole)
 
