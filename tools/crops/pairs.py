@@ -18,15 +18,15 @@ _MIN_SIDE = 24  # LR pixels per side; smaller pictures are too small to measure 
 # sigma 25, JPEG of quality 30 and 10, blur of sigma 2, and with every s-th pixel as LR (nearly half
 # a pixel off). No true pair is rejected; 94 % of those shifted by one or two pixels are.
 _MIN_GAIN, _ERRORS = 0.003, 5
-_MIN_COLOR = 3.0  # root mean square of R - B, in grey levels; less is not significant
+_MIN_COLOR = 3.0  # root mean square of R - B, in gray levels; less is not significant
 # Cosine between R - B of both sides: 1 for pairs, -1 for swapped planes, 0 for chance.
 _SWAPPED = -0.4
 CONTRAST = 0.1, 4.0
 """Allowed contrast of LR relative to HR."""
 MAX_LEVEL = 128
-"""Largest difference between the means of LR and HR in one colour, in grey levels."""
-_MIN_SPREAD = 4.0  # standard deviation of HR, in grey levels; contrast is not compared below it
-_FLAT, _WHITE = 0.5, 250  # standard deviation, and mean, in grey levels
+"""Largest difference between the means of LR and HR in one colour, in gray levels."""
+_MIN_SPREAD = 4.0  # standard deviation of HR, in gray levels; contrast is not compared below it
+_FLAT, _WHITE = 0.5, 250  # standard deviation, and mean, in gray levels
 
 
 def correlation(hr: np.ndarray, lr: np.ndarray) -> float:
@@ -62,7 +62,7 @@ def tone_fault(hr: np.ndarray, lr: np.ndarray) -> str:
     192 pixels: gamma from 1/2.2 to 2.2, half to 1.5 times the brightness, 40 levels more or less,
     half the contrast, a white balance of 0.6 and 1.6, noise of sigma 50, blur of sigma 3, JPEG of
     quality 10, and blur, noise and JPEG together pass, except for 8 of the 416 crops made 1.5 times
-    as bright or 40 levels darker, which lost a colour by it. Every LR that is black, white, grey or
+    as bright or 40 levels darker, which lost a colour by it. Every LR that is black, white, gray or
     at 1/16 of the brightness is rejected.
     """
     first, second = (side.astype(np.float64) for side in _thumbnails(hr, lr))
@@ -72,7 +72,7 @@ def tone_fault(hr: np.ndarray, lr: np.ndarray) -> str:
         level, spread = float(y.mean() - x.mean()), float(x.std())
         if abs(level) > MAX_LEVEL:
             return (
-                f"LR is {abs(level):.0f} grey levels {'brighter' if level > 0 else 'darker'} than "
+                f"LR is {abs(level):.0f} gray levels {'brighter' if level > 0 else 'darker'} than "
                 f"HR in {colour}, more than {MAX_LEVEL}"
             )
         if spread < _MIN_SPREAD:
