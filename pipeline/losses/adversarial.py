@@ -51,6 +51,7 @@ class AdversarialLoss:
     # Whether the discriminator has a target per sample, which smoothing and noise can change.
     takes_labels: bool
     sees_real: bool  # whether the generator's loss also uses the logits of real images
+    compares_samples: bool = False  # whether a sample's loss depends on others of the micro-batch
 
 
 def draw_labels(spec: LabelNoise, logits: Tensor) -> Labels:
@@ -153,6 +154,7 @@ ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
         relativistic_average_discriminator,
         takes_labels=True,
         sees_real=True,
+        compares_samples=True,
     ),
     "relativistic": AdversarialLoss(
         relativistic_generator, relativistic_discriminator, takes_labels=True, sees_real=True

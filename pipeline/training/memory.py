@@ -1,23 +1,35 @@
-"""Check that each stage fits into device memory before the first begins; explain out-of-memory."""
+"""Fit training into device memory: smaller micro-batches where it is short, or an explanation.
+
+Each stage but the first is tried before the first begins.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from pipeline.cli import RunError
+from pipeline.cli import RunError, UserError
 from pipeline.config.ds_config import batch_sizes
 from pipeline.data.loader import Batch
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import resolve_ds_config
+from pipeline.files import write_atomically
+from pipeline.losses.adversarial import ADVERSARIAL_LOSSES
+from pipeline.models import build_generator
+from pipeline.models.discriminators import build_discriminator
 from pipeline.run_folder import checkpoint_steps
 from pipeline.training.options import TrainPlan
 from pipeline.training.setup import build_networks
 
+MEMORY_FILE = "memory.json"  # in the run folder: the largest micro-batch that may fit
+Failure = TypeVar("Failure", bound=BaseException)
 REHEARSED = ("cuda",)
 """Device types on which later stages are rehearsed: on a CPU it would take minutes, and memory is
 rarely short."""
@@ -28,6 +40,12 @@ class MemoryShortageError(RunError):
 
     Each rank reports it by itself, because the others wait for it in a collective.
     """
+
+
+def bare(error: Failure) -> Failure:
+    """Return `error` without its tracebacks, which would keep the networks in memory."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 @contextmanager
@@ -71,20 +89,145 @@ def _memory_advice(plan: TrainPlan, ranks: Ranks) -> str:
     )
 
 
-def rehearse(plans: Sequence[TrainPlan], ranks: Ranks, say: Callable[[str], None]) -> None:
+def fit_to_memory(plan: TrainPlan, ranks: Ranks) -> TrainPlan:
+    """Return `plan`, with micro-batches no larger than an earlier start of the run found to fit.
+
+    All ranks call it together.
+    """
+    micro, _ = batch_sizes(plan.ds_config, ranks.world_size)
+    most = ranks.agree(_read_limit(plan) if ranks.is_first else None)
+    if most is None or micro <= most:
+        return plan
+    share = plan.ds_config["train_batch_size"] // ranks.world_size
+    return _with_micro_batch(plan, max(n for n in range(1, most + 1) if share % n == 0), ranks)
+
+
+def split_further(plan: TrainPlan, error: MemoryShortageError, ranks: Ranks) -> TrainPlan:
+    """Return `plan` with smaller micro-batches and more accumulation, and record them in its run.
+
+    The samples and the number of updates stay the same, and sums are rounded differently. Raises
+    `MemoryShortageError` if a micro-batch is one crop already, if part of the training depends on
+    how the batch is split, or if there are several ranks: the others wait for this one in a
+    collective, so all must be started again.
+    """
+    micro, accumulation = batch_sizes(plan.ds_config, ranks.world_size)
+    share = micro * accumulation
+    if micro == 1:
+        raise error
+    smaller = max(n for n in range(1, micro) if share % n == 0)
+    if reason := _batch_dependence(plan):
+        raise MemoryShortageError(
+            f"{error}. Micro-batches are not made smaller by themselves here, because {reason}: "
+            f"over {smaller} samples instead of {micro}"
+        ) from error
+    if ranks.world_size == 1:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+    elif not plan.run_dir.is_dir():  # on another host
+        raise error
+    write_atomically(
+        plan.run_dir / MEMORY_FILE, (json.dumps({"micro_batch": smaller}) + "\n").encode()
+    )
+    if ranks.world_size > 1:
+        raise MemoryShortageError(
+            f"{error}. The same command continues with micro-batches of {smaller}"
+        ) from error
+    return _with_micro_batch(plan, smaller, ranks)
+
+
+def _read_limit(plan: TrainPlan) -> int | None:
+    """Return the largest micro-batch that may fit, as an earlier start recorded it."""
+    path = plan.run_dir / MEMORY_FILE
+    try:
+        return max(1, int(json.loads(path.read_text())["micro_batch"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; delete it to try the micro-batch asked for") from error
+
+
+def _with_micro_batch(plan: TrainPlan, micro: int, ranks: Ranks) -> TrainPlan:
+    def smaller(config: dict[str, Any] | None) -> dict[str, Any] | None:
+        if config is None:
+            return None
+        count = config["train_batch_size"] // (micro * ranks.world_size)
+        return {
+            **config,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": count,
+        }
+
+    ds_config = smaller(plan.ds_config)
+    assert ds_config is not None
+    return replace(
+        plan,
+        ds_config=ds_config,
+        discriminator_ds_config=smaller(plan.discriminator_ds_config),
+    )
+
+
+def _batch_dependence(plan: TrainPlan) -> str:
+    """Return what in the training depends on the other samples of a micro-batch; "" if nothing."""
+    recipe, networks = plan.recipe, {}
+    with torch.device("meta"):
+        networks["generator"] = build_generator(
+            recipe.generator.name, recipe.scale, **recipe.generator.params
+        )
+        if recipe.adversarial:
+            spec = recipe.adversarial.discriminator
+            networks["discriminator"] = build_discriminator(
+                spec.name, recipe.data.crop, **spec.params
+            )
+    for name, network in networks.items():
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
+            return f"the {name} has batch norm, whose statistics would change"
+    if recipe.adversarial and ADVERSARIAL_LOSSES[recipe.adversarial.loss].compares_samples:
+        return (
+            f"adversarial.loss {recipe.adversarial.loss} compares each sample with the mean of its "
+            "micro-batch, which would change"
+        )
+    return ""
+
+
+def rehearse(
+    plans: Sequence[TrainPlan], ranks: Ranks, say: Callable[[str], None]
+) -> list[TrainPlan]:
     """Make one update of each stage but the first on random pixels, then discard it.
 
     The first stage shows within one step whether it fits; a later one would show it after days.
     Random numbers drawn here have no effect, because each stage seeds its generators when it is
-    set up. All ranks call it together.
+    set up. Returns the plans, with smaller micro-batches where they do not fit. All ranks call it
+    together.
     """
+    fitting = [plans[0]]
     for plan in plans[1:]:
-        if ranks.device.type in REHEARSED and not ranks.agree(bool(checkpoint_steps(plan.run_dir))):
-            with explain_out_of_memory(plan, ranks):
-                _rehearse(plan, ranks)
+        begun = ranks.agree(bool(checkpoint_steps(plan.run_dir)))
+        if ranks.device.type in REHEARSED and not begun:
+            plan, error = fit_to_memory(plan, ranks), True
+            while error:
+                error = None
+                try:
+                    with explain_out_of_memory(plan, ranks):
+                        _rehearse(plan, ranks)
+                except MemoryShortageError as shortage:
+                    error = bare(shortage)
+                if error:
+                    plan = split_further(plan, error, ranks)
+                    say(describe_split(plan, error, ranks))
             say(
                 f"stage {plan.recipe.stage} fits into memory (tested with one update{_peak(ranks)})"
             )
+        fitting.append(plan)
+    return fitting
+
+
+def describe_split(plan: TrainPlan, error: MemoryShortageError, ranks: Ranks) -> str:
+    """Return the line that says how `plan` splits its batches after `error`."""
+    micro, accumulation = batch_sizes(plan.ds_config, ranks.world_size)
+    what = str(error).partition("; set ")[0]
+    return (
+        f"{what}; using micro-batches of {micro} and {accumulation} of them per update instead: "
+        "the same samples, and the same weights but for rounding"
+    )
 
 
 def _rehearse(plan: TrainPlan, ranks: Ranks) -> None:

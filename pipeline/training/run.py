@@ -35,7 +35,14 @@ from pipeline.monitor.wandb_tracker import require_wandb
 from pipeline.run_folder import checkpoint_steps, move_aside, run_lock
 from pipeline.training.healing import DivergedError, finish_return, return_to_health
 from pipeline.training.loop import Training
-from pipeline.training.memory import MemoryShortageError, rehearse
+from pipeline.training.memory import (
+    MemoryShortageError,
+    bare,
+    describe_split,
+    fit_to_memory,
+    rehearse,
+    split_further,
+)
 from pipeline.training.options import TrainOptions, TrainPlan, plans_of_rank
 from pipeline.training.reporting import Reporter
 from pipeline.training.setup import check_stages, move_logs_aside, set_up
@@ -163,7 +170,7 @@ def _train_all(plans: Sequence[TrainPlan], ranks: Ranks, watchdog: Watchdog) -> 
         refuse_other_hosts(plans, ranks)
         ranks.on_all_ranks(lambda: _take_run_folder(plans, ranks, console, stack))
         check_stages(plans, ranks)
-        rehearse(plans, ranks, console.say)
+        plans = rehearse(plans, ranks, console.say)
         for plan in _with_from_step(plans, ranks):
             status = _train(plan, ranks, console, signals, watchdog)
             if status:
@@ -209,30 +216,37 @@ def _train(
     plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals, watchdog: Watchdog
 ) -> int:
     """Run one stage from its current step to its end."""
+    plan = fit_to_memory(plan, ranks)
     while True:
         signals.is_patient = False
         watchdog.begin()
-        status, diverged = _train_until_divergence(plan, ranks, console, signals)
-        if diverged is None:
+        status, trouble = _train_until_trouble(plan, ranks, console, signals)
+        if trouble is None:
             return status
-        # The networks that diverged are no longer referenced; those of the earlier step need their
-        # memory.
+        # The networks are no longer referenced, and the next ones need their memory.
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         console.log_to(plan.log_dir / RUN_LOG_FILE)
+        plan = replace(plan, from_step=None)
         try:
-            return_to_health(plan, diverged, ranks, console.say)
+            if isinstance(trouble, DivergedError):
+                return_to_health(plan, trouble, ranks, console.say)
+            else:
+                plan = split_further(plan, trouble, ranks)
+                console.say(describe_split(plan, trouble, ranks))
         except RunError as error:
             console.note(f"error: {error}")
             raise
-        plan = replace(plan, from_step=None)
 
 
-def _train_until_divergence(
+def _train_until_trouble(
     plan: TrainPlan, ranks: Ranks, console: Console, signals: StopSignals
-) -> tuple[int, DivergedError | None]:
-    """Train from the newest checkpoint on; return the exit status, or how the run diverged."""
+) -> tuple[int, DivergedError | MemoryShortageError | None]:
+    """Train from the newest checkpoint on.
+
+    Returns the exit status, or what can be mended by starting from an earlier checkpoint.
+    """
     run = set_up(plan, ranks, console.say)
     reporter = ranks.on_all_ranks(lambda: Reporter(run, console) if ranks.is_first else None)
     training = Training(run, reporter, console, signals)
@@ -245,8 +259,9 @@ def _train_until_divergence(
         # All ranks are here, and the last exchange between them comes before those of the next
         # start.
         training.agreement.finish()
-        # Without its traceback, which would keep the networks alive.
-        return 1, error.with_traceback(None)
+        return 1, bare(error)
+    except MemoryShortageError as error:
+        return 1, bare(error)
     except BaseException as error:
         is_plain = isinstance(error, (UserError, RunError))
         console.note(

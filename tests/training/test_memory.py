@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import warm
-from comparison import checkpoint_differences
+from comparison import checkpoint_differences, logged
 from conftest import SMALL
 from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe, recipe_differences
 from pipeline.models import build_generator
 from pipeline.models.common import checkpoint_activations
-from pipeline.run_folder import checkpoint_steps
+from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 from pipeline.training.options import TrainOptions
 
 NETWORKS = {
@@ -99,10 +100,19 @@ def _train(
     def full(self: Any, batch: Any, number: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    memory.REHEARSED = ("cpu",) if change != "no rehearsal" else ()
-    if change == "no room in the second stage":
+    whole = ReconstructionTrainer.step
+
+    def full_from_2(self: Any, batch: Any, number: int) -> Any:
+        if number >= 2 and len(batch.hr) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(self, batch, number)
+
+    memory.REHEARSED = () if change in ("no rehearsal", "room for two crops") else ("cpu",)
+    if change == "room for two crops":
+        ReconstructionTrainer.step = full_from_2  # type: ignore[method-assign]
+    if change in ("no room in the second stage", "no room anywhere"):
         AdversarialTrainer.step = full  # type: ignore[method-assign]
-    if change == "no room in the first stage":
+    if change in ("no room in the first stage", "no room anywhere"):
         ReconstructionTrainer.step = full  # type: ignore[method-assign]
     try:
         sys.exit(
@@ -125,11 +135,11 @@ def trained(dataset: Path, tmp_path: Path):
     """Run the two stages; return exit status, run folder and output."""
     (tmp_path / "two.yaml").write_text(STAGES)
 
-    def train(change: str, *overrides: str) -> tuple[int | None, Path, str]:
+    def train(change: str, *overrides: str, recipe: str = "two") -> tuple[int | None, Path, str]:
         run_dir, output = tmp_path / change, tmp_path / f"{change}.output"
         process = warm.Fork(
             _train,
-            str(tmp_path / "two.yaml"),
+            str(tmp_path / f"{recipe}.yaml"),
             str(dataset),
             str(run_dir),
             str(output),
@@ -161,12 +171,11 @@ def test_a_rehearsal_leaves_no_trace(trained) -> None:
     [
         (
             "second",
-            "error: stage gan: rank 0: a micro-batch of 4 crops of 32x32 does not fit into this "
-            "machine's memory; "
-            "set ds.gradient_accumulation_steps=2 (the same global batch, in smaller parts), or "
-            "activation_checkpointing=on (slower), or a smaller data.crop or ds.train_batch_size\n",
+            "error: stage gan: rank 0: a micro-batch of 1 crops of 32x32 does not fit into this "
+            "machine's memory; set activation_checkpointing=on (slower), or a smaller data.crop or "
+            "ds.train_batch_size\n",
         ),
-        ("first", "error: stage psnr: rank 0: a micro-batch of 4 crops of 32x32 does not fit into"),
+        ("first", "error: stage psnr: rank 0: a micro-batch of 1 crops of 32x32 does not fit into"),
     ],
 )
 def test_what_does_not_fit_says_what_would(trained, which: str, line: str) -> None:
@@ -175,3 +184,55 @@ def test_what_does_not_fit_says_what_would(trained, which: str, line: str) -> No
     assert line in output
     assert "Traceback" not in output
     assert checkpoint_steps(run_dir / "psnr") == checkpoint_steps(run_dir / "gan") == []
+    for micro in (2, 1):
+        assert f"using micro-batches of {micro} and {4 // micro} of them per update" in output
+
+
+def test_a_run_that_does_not_fit_goes_on_in_smaller_parts(trained, tmp_path: Path) -> None:
+    """Memory runs out after two updates: the samples and, but for rounding, the weights are those
+    of a run for which there was room. The run remembers what fits."""
+    (tmp_path / "one.yaml").write_text("base: demo\nname: one\nsteps: 5\n")
+    status, split, output = trained("room for two crops", recipe="one")
+    assert status == 0, output
+    assert output.count("using micro-batches of 2 and 2 of them per update") == 1
+    status, whole, _ = trained("no rehearsal", recipe="one")
+    assert status == 0
+    ours, theirs = (
+        load_file(checkpoint_dir(run_dir, 5) / "generator.safetensors")
+        for run_dir in (split, whole)
+    )
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, rtol=1e-3, atol=1e-6), name
+    for (step, loss), (_, wanted) in zip(
+        logged(split, "train", "loss"), logged(whole, "train", "loss"), strict=True
+    ):
+        assert loss == pytest.approx(wanted, rel=1e-4), step
+    status, _, output = trained("room for two crops", "steps=6", recipe="one")
+    assert status == 0, output
+    assert "global batch 4 = 2 x 2 accumulation" in output
+    assert "using micro-batches" not in output
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            "generator={name: srresnet, num_features: 8, num_blocks: 1}",
+            "the generator has batch norm",
+        ),
+        (
+            "adversarial={weight: 0.01, loss: relativistic_average, discriminator: {name: unet, "
+            "num_features: 4}}",
+            "adversarial.loss relativistic_average compares each sample with the mean of its",
+        ),
+    ],
+)
+def test_what_depends_on_the_micro_batch_is_not_split(
+    trained, tmp_path: Path, change: str, reason: str
+) -> None:
+    (tmp_path / "one.yaml").write_text("base: demo\nname: one\nsteps: 5\n")
+    status, run_dir, output = trained("no room anywhere", change, recipe="one")
+    assert status == 1, output
+    assert reason in output
+    assert "over 2 samples instead of 4" in output
+    assert not (run_dir / "memory.json").exists()
