@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 import os
 import sys
 from dataclasses import dataclass

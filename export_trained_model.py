@@ -5,6 +5,11 @@ Needs no GPU and no DeepSpeed.
 
 from __future__ import annotations
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -4,6 +4,11 @@
 Usually started by ./launch_local_train.sh; see `python train.py --help`.
 """
 
+from pipeline.signals import NOTHING_TO_SAVE, end_at_once
+
+if __name__ == "__main__":
+    end_at_once(NOTHING_TO_SAVE)
+
 import os
 import sys
 from pathlib import Path

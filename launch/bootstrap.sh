@@ -5,6 +5,13 @@
 # hash of the requirements makes every later start instant.
 # shellcheck shell=bash
 
+vastscale_run() {  # usage: vastscale_run SCRIPT [ARGUMENT...]; ends this shell
+    # CTRL+C waits until the script can handle it: the interpreter itself would print a traceback.
+    local blocked=(env --block-signal=INT)
+    "${blocked[@]}" true 2>/dev/null || blocked=(env)
+    VASTSCALE_COMMAND=$0 exec "${blocked[@]}" "$PYTHON" "$@"
+}
+
 vastscale_die() { printf 'error: %s\n' "$1" >&2; exit 2; }
 
 vastscale_find_python() {  # print the path of a Python that is new enough, or exit with a message

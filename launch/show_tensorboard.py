@@ -11,6 +11,11 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 from pipeline import cli
 from pipeline.cli import UserError
 from pipeline.run_folder import RUNS_DIR

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from pipeline.installation import as_typed
+from pipeline.signals import end_orderly
 
 Options = TypeVar("Options")
 
@@ -109,6 +110,7 @@ def run(
 
 def exit_status(action: Callable[[], int | None]) -> int:
     """Call `action` and flush stdout; return the exit status, reporting errors as `run` does."""
+    end_orderly()
     try:
         status = action() or 0
         sys.stdout.flush()

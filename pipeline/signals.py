@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable
-from contextlib import suppress
 from types import FrameType
 
 _STOP_SIGNALS = (
@@ -23,6 +21,7 @@ _STOP_SIGNALS = (
     signal.SIGPWR,  # a power failure; lxc-stop
 )
 NOTHING_TO_SAVE = "stopped before the first step; there is nothing to save"
+_PARENT_SPEAKS = "VASTSCALE_EVALUATION_PARENT"
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
@@ -44,26 +43,51 @@ def is_stopped(status: int | None) -> bool:
     return status is not None and status - 128 in _STOP_SIGNALS
 
 
-def end_at_once(
-    line: str = "stopped", numbers: Iterable[signal.Signals] = (signal.SIGINT,)
-) -> None:
-    """Let a signal print `line` on stderr and end this process at once, with status 128 + signal.
+def end_at_once(line: str = "") -> None:
+    """Let CTRL+C print one line on stderr and end this process at once, until `end_orderly`.
 
-    Imports can be interrupted in this way only: an exception would come out of the middle of some
-    library, as a traceback or as another exception, or not at all.
+    Call it before any import that takes long: an exception would come out of the middle of some
+    library, as a traceback or as another exception, or not at all. With a `line`, the same holds
+    for all signals to stop, and `end_orderly` changes nothing: for ranks, which have nothing to
+    save before their first step and handle signals themselves afterwards.
     """
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        if is_first_rank():
-            with suppress(OSError):  # the terminal may be gone
-                os.write(2, f"{line}\n".encode())
-        os._exit(128 + number)
-
-    for number in numbers:
-        signal.signal(number, end)
+    if line:
+        for number in stop_signals():
+            signal.signal(number, lambda number, _frame: _end(number, line))
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not `command &`
+        signal.signal(signal.SIGINT, _end)
+    # The shell scripts start Python with the signal blocked: it has waited until here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the first rank or no rank, as far as its environment says."""
+def end_orderly() -> None:
+    """Let CTRL+C raise KeyboardInterrupt from now on, so that what has begun is undone.
+
+    Inside an import it still ends the process at once.
+    """
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _end(number: int, said: FrameType | str | None = None) -> None:
+    line = said if isinstance(said, str) else "stopped"
+    if _is_heard():
+        try:  # noqa: SIM105 - contextlib takes long to import
+            os.write(2, f"{line}\n".encode())
+        except OSError:  # the terminal is gone
+            pass
+    os._exit(128 + number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _end(number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _is_heard() -> bool:
+    """Whether a line of this process belongs on the terminal: no other process says the same."""
     ranks = (os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
-    return next(ranks, "0") == "0"
+    return next(ranks, "0") == "0" and _PARENT_SPEAKS not in os.environ

@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 from tqdm import tqdm
 
 from pipeline.cli import UserError, counted, run, say

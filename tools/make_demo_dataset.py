@@ -11,6 +11,11 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 import tyro
 
 from pipeline.cli import UserError, run

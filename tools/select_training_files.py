@@ -14,6 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 from pipeline.cli import UserError, counted, nearest, run
 from pipeline.data.image_files import (
     MANIFEST,

@@ -20,6 +20,9 @@ HOSTFILE_OPTIONS = ("--hostfile", "-H")
 def main() -> None:
     """Run the command that `sys.argv` names; exits with its status, 2 for an unknown command."""
     sys.path.insert(0, str(ROOT))
+    from pipeline.signals import end_at_once
+
+    end_at_once()
     from pipeline.installation import COMMANDS, DATA_COMMANDS, DISTRIBUTED
 
     prog, table, arguments = "vastscale", COMMANDS, sys.argv[1:]

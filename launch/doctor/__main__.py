@@ -5,6 +5,11 @@ python -m launch.doctor -H hostfile --dataset-dir ~/dataset
 
 from __future__ import annotations
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 import json
 from dataclasses import dataclass
 from functools import partial

@@ -5,6 +5,11 @@ python -m launch.selfcheck
 
 from __future__ import annotations
 
+from pipeline.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once()
+
 import json
 import os
 import platform

@@ -16,6 +16,7 @@ import warm
 from conftest import ROOT, SMALL, command, environment
 from lives import output_of, start
 from pipeline.distributed.stopping import StopSignals
+from pipeline.installation import COMMANDS, DATA_COMMANDS, DISTRIBUTED
 from pipeline.run_folder import checkpoint_steps
 from pipeline.signals import NOTHING_TO_SAVE, is_stopped, stop_signals
 
@@ -114,6 +115,73 @@ def test_a_warning_to_torchrun_saves(dataset: Path, tmp_path: Path) -> None:
         lambda: "stopped and saved at step" in output.read_text(), lambda: output.read_text()
     )
     assert checkpoint_steps(run_dir)[-1] >= 3
+
+
+# --- CTRL+C during imports ---
+
+INTERRUPTED = """
+import runpy, signal, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == wanted:
+            signal.raise_signal(signal.SIGINT)
+
+wanted, *sys.argv = sys.argv[1:]
+sys.meta_path.insert(0, Finder)
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SCRIPTS = sorted(
+    {one.script for one in (*COMMANDS.values(), *DATA_COMMANDS.values())}
+    | {DISTRIBUTED, "train.py"}
+)
+
+
+def interrupted_at(module: str, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with CTRL+C at the moment when it imports `module`."""
+    return subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, str(ROOT / script), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_the_first_imports_is_one_line(script: str) -> None:
+    done = interrupted_at("tyro", script)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == ("stopped\n" if script != "train.py" else f"{NOTHING_TO_SAVE}\n")
+
+
+def test_ctrl_c_during_a_later_import_is_one_line(tmp_path: Path) -> None:
+    """An exception could be swallowed in the middle of a library."""
+    done = interrupted_at("torch", "evaluate.py", "--hr", str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_in_a_shell_script_is_one_line(tmp_path: Path) -> None:
+    """Also before Python runs: here the environment's interpreter is a script that takes long."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/bash\ntouch "{tmp_path}/began"\nsleep 0.2\n')
+    python.chmod(0o755)
+    script = subprocess.Popen(
+        [str(ROOT / "launch_local_train.sh")],
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until((tmp_path / "began").exists, lambda: "the script did not begin")
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.communicate(timeout=60) == ("", "stopped\n")
+    assert script.returncode == 130
 
 
 # --- A launcher that dies or has not begun ---
