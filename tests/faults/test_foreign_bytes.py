@@ -358,3 +358,28 @@ def test_a_minute_of_fuzzing_finds_nothing(tmp_path: Path) -> None:
     counts = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[2:]}
     assert counts.keys() == READERS.keys()
     assert all(int(inputs) > 0 for inputs, *_ in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "words"),
+    [
+        ("4", ("n", 3, "h", "w"), "says that its scale is 4, but turns"),
+        ("2", (1 << 30, 3, "h", "w"), "more than 64 Mi pixels"),
+        ("2", (1, 3, 1 << 20, 1 << 20), "more than 64 Mi pixels"),
+    ],
+)
+def test_a_network_file_is_not_believed(
+    tmp_path: Path, scale: str, shape: tuple[int | str, ...], words: str
+) -> None:
+    """Neither the scale in its metadata nor the size of its input is used unchecked."""
+    import onnx
+
+    model = onnx.load_from_string(READERS["onnx"].samples()[0].content)
+    params = json.dumps({"num_features": 4, "num_blocks": 1})
+    described = {"architecture": "srresnet", "scale": scale, "params": params}
+    onnx.helper.set_model_props(model, described)
+    values = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    model.graph.input[0].CopyFrom(values)
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=words):
+        READERS["onnx"].read[0](tmp_path / "a.onnx")
