@@ -798,6 +798,32 @@ def _read_checkpoint(path: Path) -> None:
     read_index(path.parent)
 
 
+LOG = b"""\
+{"event": "train", "step": 50, "loss": 0.1, "learning_rate": 0.001, "images_per_second": 9.5}
+{"event": "validation", "step": 50, "psnr_y": 31.5, "lpips": null}
+"""
+BOXES = b"""\
+{"height": 100, "width": 120, "boxes": [
+  {"x": 3, "y": 4, "width": 40, "height": 30, "colour": "#d55e00"}
+]}
+"""
+
+
+def _read_log(path: Path) -> None:
+    from tools.plot_run import PANELS, points, read_log
+
+    log = read_log(path)
+    for panel in PANELS:
+        for curve in panel.curves:
+            points(log, panel.event, curve.key)
+
+
+def _read_boxes(path: Path) -> None:
+    from tools.compare.boxes import read_boxes
+
+    read_boxes(path, 100, 120)
+
+
 READERS: dict[str, Reader] = {
     "images": Reader(
         _images,
@@ -822,6 +848,8 @@ READERS: dict[str, Reader] = {
     "override": Reader(_text("overrides.txt", OVERRIDES), (_read_overrides,)),
     "search": Reader(_text("search.yaml", SEARCH), (_read_search,)),
     "ds_config": Reader(_text("ds_config.json", DS_CONFIG), (_read_ds_config,)),
+    "log": Reader(_text("log.jsonl", LOG), (_read_log,)),
+    "boxes": Reader(_text("boxes.json", BOXES), (_read_boxes,)),
     "file_list": Reader(
         _text("training_file_list.txt", b"a.png/x1_0_0.npy\nb/c.npy\n"), (_read_file_list,)
     ),

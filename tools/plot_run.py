@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg", ".pdf")
 # Inches, and dots per inch.
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_HEIGHT, DOTS_PER_INCH = 5.2, 3.2, 0.35, 110
+LARGEST = 1e300  # larger numbers do not fit into what matplotlib computes with
 MAX_COLUMNS = 3
 AUTO_SMOOTHED = 15  # default averaging window, as a fraction of a curve's values
 
@@ -195,8 +196,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(complete, start=1):
         try:
             entry = parse_json(line)
-            int(entry["step"]), str(entry["event"])
-        except (ValueError, TypeError, KeyError):
+            if not _is_entry(entry):
+                raise ValueError
+        except ValueError:
             raise UserError(
                 f"{path}: line {number} is not a line of a training log; give the {LOG_FILE} of a "
                 "run"
@@ -205,15 +207,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether a line's step, event and curves are what a run logs."""
+    if not isinstance(entry, dict) or type(entry.get("event")) is not str:
+        return False
+    values = [entry.get(curve.key) for panel in PANELS for curve in panel.curves]
+    numbers = [entry.get("step"), *(value for value in values if value is not None)]
+    return type(entry.get("step")) is int and all(
+        type(number) in (int, float) and not abs(number) > LARGEST for number in numbers
+    )
+
+
 def points(log: Sequence[dict[str, Any]], event: str, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of `key` in the lines of `event`.
 
-    Values that were not finite are null in the log, and are omitted.
+    Values that are not finite, which are null in the log, are omitted.
     """
     found = [
         (line["step"], line[key])
         for line in log
-        if line["event"] == event and line.get(key) is not None
+        if line["event"] == event and line.get(key) is not None and math.isfinite(line[key])
     ]
     return [step for step, _ in found], [value for _, value in found]
 
