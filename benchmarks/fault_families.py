@@ -154,7 +154,7 @@ def kill_launcher(world: World, draw: random.Random, name: str) -> Outcome:
 
 
 def stop(world: World, draw: random.Random, name: str) -> Outcome:
-    """A signal to stop, at any step or in a validation."""
+    """Signals to stop, at any step or in a validation."""
     run = Run(world, name)
     number = draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
     if draw.random() < 0.5:
@@ -199,7 +199,7 @@ def disk_error(world: World, draw: random.Random, name: str) -> Outcome:
 
 
 def disk_full(world: World, draw: random.Random, name: str) -> Outcome:
-    """ENOSPC: the run folder is on a disk that is full after a random number of bytes."""
+    """ENOSPC: the disk is full after a random number of bytes; often it has space again later."""
     run = Run(world, name)
     size = sum(file.stat().st_size for file in world.straight(1).rglob("*") if file.is_file())
     kib = draw.randint(40, max(80, int(1.2 * size / 1024)))
@@ -366,7 +366,7 @@ class Proxy:
 
 
 def jump_clock(world: World, draw: random.Random, name: str) -> Outcome:
-    """The wall clock jumps by up to two years each way, the files' times too; then kill -9."""
+    """The wall clock and the files' times jump by up to two years each way; then kill -9."""
     run = Run(world, name)
     jumps = [
         ["jump_clock", draw.randrange(1 << 30), draw.choice((60.0, 86400.0, 2 * 365 * 86400.0))]
@@ -393,8 +393,7 @@ def jump_clock(world: World, draw: random.Random, name: str) -> Outcome:
 
 
 def lose_file(world: World, draw: random.Random, name: str) -> Outcome:
-    """A training file vanishes, is cut short, or is overwritten, while a run reads it; later it is
-    back."""
+    """A training file vanishes or breaks during a run; later it is back."""
     folder = world.folder / name
     dataset = folder / "dataset"
     shutil.copytree(world.dataset, dataset)
@@ -431,7 +430,7 @@ def lose_file(world: World, draw: random.Random, name: str) -> Outcome:
 
 
 def damage_checkpoint(world: World, draw: random.Random, name: str) -> Outcome:
-    """A file of the newest checkpoint, sometimes of the two newest, is changed, cut or lost."""
+    """Files of the newest checkpoint, or of the two newest, are changed, cut or lost."""
     run = Run(world, name)
     shutil.copytree(world.killed, run.run_dir)
     newest, previous, *_ = reversed(run.steps())

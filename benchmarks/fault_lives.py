@@ -71,6 +71,8 @@ class Life:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                # a campaign under nohup ignores it, and a run that inherits this, too
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
 
     @property

@@ -26,7 +26,7 @@ from benchmarks.fault_lives import Outcome, World
 from pipeline.cli import RunError, UserError, counted, nearest, run
 
 REPORT = re.compile("error|warning|stopped|Timeout|checkpoint|note")
-LONGEST = 120  # characters of a report in the table
+LONGEST = 100  # characters of a report in the table
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def _report(text: str) -> str:
     """
     if not REPORT.match(text):
         return ""
-    text = re.sub(r"\d[\d.,]*", "N", re.sub(r"/\S+/", "…/", text)).replace("|", "/")
+    text = re.sub(r"\d[\d.,]*", "N", re.sub(r"/\S+/", "…/", text))
+    text = text.replace("|", "/").replace("`", "")
     return f"`{text if len(text) <= LONGEST else text[:LONGEST] + '…'}`"
 
 
