@@ -51,7 +51,7 @@ class AdversarialLoss:
     # Whether the discriminator has a target per sample, which smoothing and noise can change.
     takes_labels: bool
     sees_real: bool  # whether the generator's loss also uses the logits of real images
-    compares_samples: bool = False  # whether a sample's loss depends on others of the micro-batch
+    compares_samples: bool  # whether a sample's loss depends on others of the micro-batch
 
 
 def draw_labels(spec: LabelNoise, logits: Tensor) -> Labels:
@@ -141,13 +141,25 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
     "vanilla": AdversarialLoss(
-        vanilla_generator, vanilla_discriminator, takes_labels=True, sees_real=False
+        vanilla_generator,
+        vanilla_discriminator,
+        takes_labels=True,
+        sees_real=False,
+        compares_samples=False,
     ),
     "least_squares": AdversarialLoss(
-        least_squares_generator, least_squares_discriminator, takes_labels=True, sees_real=False
+        least_squares_generator,
+        least_squares_discriminator,
+        takes_labels=True,
+        sees_real=False,
+        compares_samples=False,
     ),
     "hinge": AdversarialLoss(
-        hinge_generator, hinge_discriminator, takes_labels=False, sees_real=False
+        hinge_generator,
+        hinge_discriminator,
+        takes_labels=False,
+        sees_real=False,
+        compares_samples=False,
     ),
     "relativistic_average": AdversarialLoss(
         relativistic_average_generator,
@@ -157,6 +169,10 @@ ADVERSARIAL_LOSSES: dict[str, AdversarialLoss] = {
         compares_samples=True,
     ),
     "relativistic": AdversarialLoss(
-        relativistic_generator, relativistic_discriminator, takes_labels=True, sees_real=True
+        relativistic_generator,
+        relativistic_discriminator,
+        takes_labels=True,
+        sees_real=True,
+        compares_samples=False,
     ),
 }

@@ -59,6 +59,7 @@ def test_what_is_read_from_the_sources_is_what_the_tables_hold() -> None:
     assert found["ADVERSARIAL_LOSSES"]["hinge"]["flags"] == {
         "takes_labels": False,
         "sees_real": False,
+        "compares_samples": False,
     }
 
 

@@ -32,7 +32,7 @@ TRAINER = """
     ADVERSARIAL_LOSSES["added"] = AdversarialLoss(
         lambda fake, real: (real.mean() - fake).abs().mean(),
         lambda real, fake, labels: (fake - real).tanh().mean(),
-        takes_labels=False, sees_real=True)
+        takes_labels=False, sees_real=True, compares_samples=False)
     from pipeline.models.discriminators import build_discriminator
     from pipeline.training.trainers import AdversarialTrainer
 
@@ -281,6 +281,7 @@ def test_a_row_makes_a_loss_known_to_recipes(monkeypatch: pytest.MonkeyPatch) ->
         lambda real, fake, labels: fake.mean() - real.mean(),
         takes_labels=False,
         sees_real=False,
+        compares_samples=False,
     )
     monkeypatch.setitem(ADVERSARIAL_LOSSES, "wasserstein", row)
     recipe = load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "loss": "wasserstein"}})
