@@ -187,3 +187,49 @@ def test_the_average_is_the_formula() -> None:
         network.weight.add_(1)
     plain.update(network)
     assert torch.equal(plain.network.weight, network.weight)
+
+
+def test_a_factor_lowers_the_rate_of_updates_and_nothing_else() -> None:
+    """The weights are those of half the rate, and neither the schedule nor the optimizer's state
+    has seen it: ExponentialLR derives each rate from the one before."""
+    found = in_a_fresh_process("""
+        import itertools
+
+        def trained(changes, lr, factors, runtime):
+            torch.manual_seed(1)
+            module = torch.nn.Conv2d(3, 4, 3, padding=1)
+            config = {"train_batch_size": 2, "gradient_clipping": 0.0,
+                      "optimizer": {"type": "Adam", "params": {"lr": lr}},
+                      "scheduler": {"type": "ExponentialLR", "params": {"gamma": 0.5}}, **changes}
+            resolved, *_ = resolve_ds_config(config, world_size=1, total_steps=9,
+                                             device=ranks.device)
+            engine = build_engine(module, resolved, ranks, runtime)
+            generator = torch.Generator().manual_seed(2)
+            for factor in factors:
+                engine.rate.set(factor)
+                images = torch.randn(2, 3, 6, 6, generator=generator)
+                images = images.to(next(module.parameters()).dtype)
+                backward_and_step(engine, engine(images).float().square().mean())
+            weights = torch.cat([weight.detach().float().flatten() for weight in engine.weights])
+            return weights, engine.get_lr(), engine.optimizer.param_groups[0]["lr"]
+
+        found = {}
+        kinds = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
+                 "zero1": {"zero_optimization": {"stage": 1}}}
+        for name, changes in kinds.items():
+            lowered = trained(changes, 0.01, [0.5] * 3, "deepspeed")
+            half = trained(changes, 0.005, [1.0] * 3, "deepspeed")
+            mixed = trained(changes, 0.01, [1.0, 0.5, 1.0], "deepspeed")
+            whole = trained(changes, 0.01, [1.0] * 3, "deepspeed")
+            found[name] = [(lowered[0] - half[0]).abs().max().item(), lowered[1:] == whole[1:],
+                           mixed[1:] == whole[1:], not torch.equal(mixed[0], whole[0])]
+        lowered, half = (trained({}, lr, [factor] * 3, "accelerate")
+                         for lr, factor in ((0.01, 0.5), (0.005, 1.0)))
+        whole = trained({}, 0.01, [1.0] * 3, "accelerate")
+        found["accelerate"] = [(lowered[0] - half[0]).abs().max().item(), lowered[1:] == whole[1:],
+                               True, True]
+        print(json.dumps(found))
+    """)
+    for name, (distance, *facts) in found.items():
+        assert distance < 1e-7, name
+        assert all(facts), name
