@@ -22,6 +22,7 @@ from tools.crops.manifest import CropRecord, ManifestIndex, iterate_lines
 from tools.dataset.judging import FileCheck
 
 REPORT = "report.jsonl"
+_LONGEST_LINE = 1 << 16  # bytes of a line that is compared with a new one
 
 
 def check_can_clean(root: Path) -> None:
@@ -83,54 +84,53 @@ class Cleaner:
     def take(self, check: FileCheck) -> None:
         """Remove one file; if it cannot be moved or deleted, add (path, reason) to `failed`."""
         try:
-            is_taken = self._unlink(check) if self._delete else self._quarantine(check)
+            self.taken += self._remove(check)
         except OSError as error:
             self.failed.append((check.path, error.strerror or str(error)))
-            return
-        self.taken += is_taken
-        if is_taken and check.path in self._records:
-            folder, record = self._records[check.path]
-            _append(
-                self._rejects[folder],
-                _cleaned_line(record, check),
-                self._root / folder / REJECTS,
-            )
 
-    def _unlink(self, check: FileCheck) -> bool:
-        try:
-            os.unlink(self._root / check.path)
-        except FileNotFoundError:  # already removed by another program
-            return False
-        return True
+    def _remove(self, check: FileCheck) -> bool:
+        """Record the removal of a file, then move it to quarantine/<same path> or delete it.
 
-    def _quarantine(self, check: FileCheck) -> bool:
-        """Move a file to quarantine/<same path>.
-
-        The report is written first, so every moved file is known.
+        Every removed file is therefore known. A file that was recorded by a run which was killed
+        before removing it is not recorded twice. Returns whether the file was still there.
         """
-        root, quarantine = self._root, self._root / QUARANTINE
-        target, number = quarantine / check.path, 1
-        while os.path.lexists(target):  # keep an earlier file with the same name
-            number += 1
-            target = (quarantine / check.path).with_name(f"{Path(check.path).name}.{number}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        entry = {
-            "path": check.path,
-            "moved_to": target.relative_to(root).as_posix(),
-            "reason": check.reason,
-            "gate": check.gate,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        length = os.fstat(self._report.fileno()).st_size
-        _append(self._report, json.dumps(entry) + "\n", quarantine / REPORT)
+        target, added = None, []
+        if self._report is not None:
+            target = self._target(check.path)
+            entry = {
+                "path": check.path,
+                "moved_to": target.relative_to(self._root).as_posix(),
+                "reason": check.reason,
+                "gate": check.gate,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            report = self._root / QUARANTINE / REPORT
+            added += _add(self._report, json.dumps(entry) + "\n", report)
+        if check.path in self._records:
+            folder, record = self._records[check.path]
+            line = _cleaned_line(record, check)
+            added += _add(self._rejects[folder], line, self._root / folder / REJECTS)
         try:
-            os.rename(root / check.path, target)
+            if target is None:
+                os.unlink(self._root / check.path)
+            else:
+                os.rename(self._root / check.path, target)
         except OSError as error:
-            os.ftruncate(self._report.fileno(), length)
-            if isinstance(error, FileNotFoundError):  # already removed by another program
+            for file, length in added:
+                os.ftruncate(file.fileno(), length)
+            if isinstance(error, FileNotFoundError):  # already removed by somebody else
                 return False
             raise
         return True
+
+    def _target(self, name: str) -> Path:
+        """Return a free path in the quarantine; an earlier file with the same name is kept."""
+        target, number = self._root / QUARANTINE / name, 1
+        while os.path.lexists(target):
+            number += 1
+            target = (self._root / QUARANTINE / name).with_name(f"{Path(name).name}.{number}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
 
 
 def cleaned_away(root: Path, manifests: Iterable[str], crops: ManifestIndex) -> int:
@@ -224,6 +224,29 @@ def _open_lines(path: Path, stack: ExitStack) -> BinaryIO:
             file.write(b"\n")
             file.flush()
     return file
+
+
+def _add(file: BinaryIO, line: str, path: Path) -> list[tuple[BinaryIO, int]]:
+    """Append a line, unless the last line says the same at another time.
+
+    Returns the file with its length before, to undo it; nothing if there is nothing to undo.
+    """
+    length = os.fstat(file.fileno()).st_size
+    start = max(0, length - _LONGEST_LINE)
+    last = os.pread(file.fileno(), length - start, start).splitlines()[-1:]
+    if last and _timeless(last[0]) == _timeless(line.encode()):
+        return []
+    _append(file, line, path)
+    return [(file, length)]
+
+
+def _timeless(line: bytes) -> object:
+    """Return the values of a line without its time; the line itself if it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return line
+    return {**values, "time": None} if isinstance(values, dict) else line
 
 
 def _append(file: BinaryIO, line: str, path: Path) -> None:
