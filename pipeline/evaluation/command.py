@@ -44,6 +44,7 @@ from pipeline.evaluation.tables import (
     interval_text,
     markdown,
 )
+from pipeline.files import write_atomically
 from pipeline.inference.devices import Device, device_at
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures
 
@@ -306,6 +307,6 @@ def _write(sets: Sequence[SetScores], outputs: Outputs, report: dict[str, Any]) 
         outputs.numbers.with_suffix(".md"): markdown(sets, report["scale"]),
     }
     for file, text in files.items():
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_atomically(file, text.encode(errors="backslashreplace"))
     names = ", ".join(path.suffix for path in list(files)[1:])
     print(f"numbers:  {outputs.numbers} (and {names})\npictures: {outputs.pictures}")

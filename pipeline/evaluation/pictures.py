@@ -5,6 +5,7 @@ The magnified part is where bicubic differs most from the original.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pipeline.evaluation.scoring import Views
+from pipeline.files import write_atomically
 
 PANEL = 448
 """Width of a column, in pixels."""
@@ -76,7 +78,9 @@ def write_views(views: Views, folder: str | Path) -> Path:
         _write_centred(draw, x, below + PANEL + 8, column.title, 24, TEXT)
         _write_centred(draw, x, below + PANEL + 40, column.caption, 18, FAINT)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    encoded = io.BytesIO()
+    sheet.save(encoded, "png")
+    write_atomically(path, encoded.getvalue())
     return path
 
 

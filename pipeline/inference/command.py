@@ -6,6 +6,7 @@ results, all at the same time. The queue between them is bounded in number and i
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options
 from pipeline.data.image_pixels import prepare_decoders
-from pipeline.files import write_atomically
+from pipeline.files import reason, write_atomically
 from pipeline.inference import png
 from pipeline.inference.choosing import choose_backend
 from pipeline.inference.devices import choose_device
@@ -35,6 +36,7 @@ from pipeline.inference.tiles import Upscaler
 
 WRITERS = min(4, os.cpu_count() or 1)
 """Threads that encode and write results while the network runs."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 WAITING_BYTES = 256 << 20
 """Maximum size of the results that wait to be written, unless there is only one."""
 
@@ -100,8 +102,8 @@ def run_upscaling(
     }
     failures = _run_all(jobs, target, upscaler, expected(upscaler.scale), png_level, settings)
     print(f"upscaled: {len(jobs) - len(failures)} of {len(jobs)} into {out}", flush=True)
-    for job, reason in failures:
-        print(f"failed: {job.source}: {reason}", file=sys.stderr)
+    for job, why in failures:
+        print(f"failed: {job.source}: {why}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -238,11 +240,19 @@ def _recording_failure(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> I
     """Record errors of the file, the disk or the memory as the reason why `job` failed.
 
     `ValueError` and `RuntimeError` come from encoders, and from networks that do not accept an
-    image of this size.
+    image of this size. Raises `RunError` if the disk takes no more results: all further ones would
+    be computed in vain.
     """
     try:
         yield
-    except (RunError, OSError, MemoryError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise RunError(
+                f"{reason(error, job.target)}; the results so far are complete: make room there, "
+                "then run the same command with --skip-existing"
+            ) from error
+        reasons[job] = " ".join(str(error).split())[:500]
+    except (RunError, MemoryError, ValueError, RuntimeError) as error:
         reasons[job] = " ".join(str(error).split())[:500] or "not enough memory"
 
 

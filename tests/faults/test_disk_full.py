@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import command, environment, run
-from fabricate import contents_of
+import evaluate
+import upscale
+from conftest import command, environment, photograph, run
+from fabricate import contents_of, run_command, write_cubic
 from lives import train
 from mounts import fill, small_disk
 from pipeline import cli
@@ -350,3 +353,55 @@ def test_an_atomic_write_names_its_file(tmp_path: Path) -> None:
             write_atomically(disk / "a", b"x" * 20_000)
         assert (disk / "a").read_bytes() == b"old"
         assert sorted(path.name for path in disk.iterdir()) == ["a", "ballast"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(4):
+        Image.fromarray(photograph(number, 96, 96)).save(folder / f"{number}.png")
+    write_cubic(folder / "model.safetensors")
+    return folder
+
+
+def test_upscaling_stops_when_the_disk_is_full(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = sorted(photos.glob("*.png"))
+    with small_disk(tmp_path / "disk") as disk:
+        size = 4 * max(path.stat().st_size for path in sources)
+        ballast = fill(disk, 2 * size)
+        arguments = (*sources, "-o", disk / "out", "--model", photos / "model.safetensors")
+        arguments = (*arguments, "--backend", "torch", "--device", "cpu")
+        status, _, said = run_command(capsys, upscale, *arguments)
+        assert status == 1
+        assert said.startswith("error: No space left on device: ")
+        assert str(disk / "out") in said
+        assert said.count("\n") == 1
+        done = sorted((disk / "out").iterdir())
+        assert 0 < len(done) < len(sources)
+        assert all(path.suffix == ".png" for path in done)
+        before = {path: path.read_bytes() for path in done}
+        ballast.unlink()
+        status, printed, said = run_command(capsys, upscale, *arguments, "--skip-existing")
+        assert (status, said) == (0, "")
+        assert f"skipped: {len(done)} results that already exist" in printed
+        assert len(list((disk / "out").iterdir())) == len(sources)
+        assert before == {path: path.read_bytes() for path in done}
+
+
+def test_an_evaluation_names_the_file_that_does_not_fit(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        fill(disk, 8192)
+        status, _, said = run_command(
+            capsys,
+            evaluate,
+            *("--model", photos / "model.safetensors", "--hr", photos, "--device", "cpu"),
+            *("--out", disk / "pictures", "--json", disk / "numbers.json"),
+        )
+        assert status in (1, 2)
+        assert f"{disk}/" in said
+        assert "No space left on device" in said
+        assert said.count("\n") == 1
