@@ -30,6 +30,7 @@ DRIFT_USUAL = 10.0  # a run whose colours were further off than this has only be
 SATURATED_SHARE = 0.002  # of the discriminator's loss when it cannot tell real from fake
 EXPLODED_FACTOR = 50.0  # of that loss
 NUM_VALIDATIONS = 5  # that a validation is compared with
+CONFIRMING_RISE = 1.5  # of the loss, for a drop of PSNR to be a divergence
 GAN_DROP_FACTOR = 2.0  # a GAN gives up some PSNR for sharpness
 
 
@@ -89,7 +90,9 @@ class HealthRule:
         }
         self._initial: dict[str, float] = dict(state.get("initial", {}))
         self._runs: dict[str, int] = dict(state.get("runs", {}))
-        self._psnr: list[float] = list(state.get("psnr", ()))
+        # PSNR-Y of the last validations, and the loss of the last block before each.
+        self._validations: list[list[float]] = [list(pair) for pair in state.get("validations", ())]
+        self._loss: float | None = state.get("loss")  # of the last block
 
     @property
     def state(self) -> dict[str, Any]:
@@ -99,7 +102,8 @@ class HealthRule:
             "medians": {key: list(values) for key, values in self._medians.items()},
             "initial": dict(self._initial),
             "runs": dict(self._runs),
-            "psnr": list(self._psnr),
+            "validations": [list(pair) for pair in self._validations],
+            "loss": self._loss,
         }
 
     def judge(self, facts: Sequence[StepFacts]) -> Violation | None:
@@ -118,25 +122,35 @@ class HealthRule:
     ) -> Violation | None:
         """Take note of a validation at `step`; return a violation if PSNR fell far.
 
-        `before`: step of the validation before it.
+        The loss must have risen as well: a network that fits a small dataset ever better may do
+        worse on other images, which going back would not change. `before`: step of the validation
+        before it.
         """
-        psnr = scores["psnr_y"]
-        earlier, self._psnr = self._psnr, [*self._psnr, psnr][-NUM_VALIDATIONS:]
-        if not self._spec.is_on or not earlier:
-            return None
-        usual = statistics.median(earlier)
-        drop = self._spec.psnr_drop * (1 if self._indifferent is None else GAN_DROP_FACTOR)
-        drop *= 1 if len(earlier) > 1 else 2  # a single validation may have been a lucky one
-        # `not >=`, so that NaN is a violation as well.
-        if not psnr >= usual - drop:
+        psnr, earlier = scores["psnr_y"], self._validations
+        if self._spec.is_on and not math.isfinite(psnr):
             return Violation(
-                f"PSNR-Y fell to {psnr:.2f} dB at step {step}, {usual - psnr:.2f} dB below that of "
-                "the validations before",
+                f"PSNR-Y was {psnr:.2f} dB at step {step}",
                 before or 0,
                 step,
                 ("generator", "discriminator"),
             )
-        return None
+        if self._loss is None:  # no block has ended yet
+            return None
+        self._validations = [*earlier, [psnr, self._loss]][-NUM_VALIDATIONS:]
+        if not self._spec.is_on or not earlier:
+            return None
+        usual, loss = (statistics.median(column) for column in zip(*earlier, strict=True))
+        drop = self._spec.psnr_drop * (1 if self._indifferent is None else GAN_DROP_FACTOR)
+        drop *= 1 if len(earlier) > 1 else 2  # a single validation may have been a lucky one
+        if psnr >= usual - drop or self._loss <= CONFIRMING_RISE * loss:
+            return None
+        return Violation(
+            f"PSNR-Y fell to {psnr:.2f} dB at step {step}, {usual - psnr:.2f} dB below that of "
+            f"the validations before, and the loss rose to {self._loss:.4g} from {loss:.4g}",
+            before or 0,
+            step,
+            ("generator", "discriminator"),
+        )
 
     def _judge_step(self, fact: StepFacts) -> Violation | None:
         """Count non-finite losses and skipped updates; add the others to the block."""
@@ -183,6 +197,7 @@ class HealthRule:
             key: statistics.median(values[key] for values in block if key in values)
             for key in sorted({key for values in block for key in values})
         }
+        self._loss = medians.get("loss", self._loss)
         for watch in EXPLOSIONS:
             if watch.key not in medians:
                 continue

@@ -131,16 +131,31 @@ def test_a_colour_cast_is_found() -> None:
 
 
 def test_validations_are_compared_with_those_before() -> None:
-    rule = HealthRule(HealingSpec(), None, {})
-    scores = [28.0, 25.5, 27.0, 29.0, 26.1]
-    for i, psnr in enumerate(scores):
-        assert rule.judge_validation({"psnr_y": psnr}, 100 * i, None) is None
-    found = rule.judge_validation({"psnr_y": 23.9}, 500, 400)
+    def last_verdict(
+        scores: Sequence[float], loss: float, indifferent: float | None = None
+    ) -> Violation | None:
+        """Validate every 100 updates; `loss` is that of the last 100."""
+        rule, found = HealthRule(HealingSpec(), indifferent, {}), None
+        end = 100 * (len(scores) - 1)
+        updates = facts(end + 100, loss=rises(end, 0.02, loss))
+        for i, psnr in enumerate(scores):
+            assert found is None
+            assert rule.judge(updates[100 * i : 100 * (i + 1)]) is None
+            found = rule.judge_validation({"psnr_y": psnr}, 100 * (i + 1), 100 * i)
+        return found
+
+    scores = [28.0, 25.5, 27.0, 29.0, 26.1, 23.9]
+    found = last_verdict(scores, 0.06)
     assert found is not None
-    assert (found.first, found.last) == (400, 500)
-    gan = HealthRule(HealingSpec(), GUESSING, {})
-    assert not any(gan.judge_validation({"psnr_y": x}, 0, None) for x in (28, 17, 23))
-    assert gan.judge_validation({"psnr_y": math.nan}, 0, None)
+    assert (found.first, found.last) == (500, 600)
+    assert "fell to 23.90 dB at step 600, 3.10 dB below" in found.reason
+    assert last_verdict(scores, 0.02) is None, "the network fits its data as before"
+    assert last_verdict([*scores[:-1], 24.1], 0.06) is None
+    assert last_verdict([28, 23], 0.06) is None, "the only one before may have been a lucky one"
+    assert last_verdict([28, 21], 0.06) is not None
+    assert last_verdict([28, 28, 23], 0.06, GUESSING) is None, "a GAN may lose more"
+    assert last_verdict([28, 28, 21], 0.06, GUESSING) is not None
+    assert last_verdict([28, math.nan], 0.02) is not None
 
 
 @pytest.mark.parametrize("seed", range(20))
