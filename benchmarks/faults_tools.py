@@ -124,7 +124,7 @@ class Campaign:
             done = self._finish(name, place, ["count_file_events", place / "out", events])
             seconds = time.monotonic() - began
             if done.returncode not in (0, 1):
-                raise RunError((place / "output").read_text(encoding="utf-8", errors="replace"))
+                raise RunError(_output(place).read_text(encoding="utf-8", errors="replace"))
             size = sum(p.stat().st_size for p in (place / "out").rglob("*") if p.is_file())
             tree = _tree(place / "out")
             self._undisturbed[name] = Undisturbed(
@@ -193,6 +193,7 @@ class Campaign:
         place = self.folder / folder
         if not os.path.ismount(place):
             shutil.rmtree(place, ignore_errors=True)
+        _output(place).unlink(missing_ok=True)
         for part in ("pids", "tmp"):
             (place / part).mkdir(parents=True)
         if TOOLS[name].original:
@@ -203,7 +204,7 @@ class Campaign:
         self, name: str, place: Path, call: Sequence[object] = ()
     ) -> subprocess.Popen[bytes]:
         calls = {f"{TOOLS[name].script}.py": [[*map(_plain, call)]]} if call else {}
-        with open(place / "output", "ab") as output:
+        with open(_output(place), "ab") as output:
             return subprocess.Popen(
                 self.command(name, place / "out"),
                 stdin=subprocess.DEVNULL,
@@ -231,16 +232,16 @@ class Campaign:
         """Run the same command again and compare everything with an undisturbed run."""
         process.wait(PATIENCE)
         expected, out = self.undisturbed(name), place / "out"
-        text = (place / "output").read_text(encoding="utf-8", errors="replace")
+        text = _output(place).read_text(encoding="utf-8", errors="replace")
         outcome.status = process.returncode
         outcome.reported = next(reversed(text.strip().splitlines()), "")[:300]
         if "Traceback" in text and process.returncode != KILLED:
             outcome.lost.append(f"a traceback: {text[-600:]}")
-        (place / "output").unlink()
+        _output(place).unlink()
         status = self._finish(name, place).returncode
         # A second run of --clean finds nothing bad any more.
         if status not in {expected.status, 0 if TOOLS[name].original else expected.status}:
-            text = (place / "output").read_text(encoding="utf-8", errors="replace")
+            text = _output(place).read_text(encoding="utf-8", errors="replace")
             outcome.lost.append(f"the next run ended with {status}: {text[-600:]}")
         found = _tree(out)
         for path in sorted(expected.tree.keys() | found.keys()):
@@ -286,6 +287,11 @@ def run(
                     "number": number,
                     **FAULTS[kind](campaign, name, draw).as_dict(),
                 }
+
+
+def _output(place: Path) -> Path:
+    """Return the file of what the tools print, outside the disk that may be full."""
+    return place.with_name(f"{place.name}.output")
 
 
 def _plain(value: object) -> object:
