@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import faults_tools
 from benchmarks.fault_lives import ROOT, STEPS, Life, Outcome, Run, World
 from pipeline.cli import UserError
 from pipeline.run_folder import CHECKPOINTS_DIR, MANIFEST_FILE, checkpoint_dir
@@ -478,6 +479,25 @@ def _damage(folder: Path, draw: random.Random) -> str:
     return f"{way} at byte {at} of {path.relative_to(folder.parent)}"
 
 
+# --- Tools ---
+
+
+def _of_tool(tool: str, kind: str) -> Family:
+    """Return the family of a `kind` of faults of a dataset tool, see `faults_tools`."""
+
+    def inject(world: World, draw: random.Random, name: str) -> Outcome:
+        (world.folder / name).mkdir()
+        campaign = faults_tools.Campaign(world.folder / "tools")
+        found = faults_tools.FAULTS[kind](campaign, tool, draw)
+        return Outcome(
+            found.fault, found.moment, found.status, found.reported, True, wrong=found.lost
+        )
+
+    script = faults_tools.TOOLS[tool].script
+    inject.__doc__ = f"{script}.py: {faults_tools.FAULTS[kind].__doc__}"
+    return inject
+
+
 FAMILIES: dict[str, Family] = {
     "rank": kill_rank,
     "rank-again": kill_rank_again,
@@ -493,4 +513,9 @@ FAMILIES: dict[str, Family] = {
     "clock": jump_clock,
     "files": lose_file,
     "checkpoint": damage_checkpoint,
+    **{
+        f"{tool}-{kind}": _of_tool(tool, kind)
+        for kind in faults_tools.FAULTS
+        for tool in faults_tools.TOOLS
+    },
 }
