@@ -93,17 +93,15 @@ def main(options: Options) -> int:
     turns = _turns(options.state)
     total = {name: _sum_of(turns, name, options.seed) for name in names}
     left = 60 * options.minutes
-    share = min(SLICE, left / len(names))
     while left > 0:
-        for name in names:
-            turn = _take_turn(options, name, total[name].inputs, min(share, left))
+        share = min(SLICE, left / len(names))
+        for name in names:  # a round is completed, so that every reader gets inputs
+            turn = _take_turn(options, name, total[name].inputs, share)
             with open(options.state, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(turn)) + "\n")
             turns.append(turn)
             total[name] = _sum_of(turns, name, options.seed)
             left -= max(turn.cpu_seconds, 0.01)
-            if left <= 0:
-                break
     print(_table(total.values()))
     return int(any(turn.failures for turn in total.values()))
 

@@ -342,7 +342,7 @@ def test_a_minute_of_fuzzing_finds_nothing(tmp_path: Path) -> None:
             warm.python(),
             str(ROOT / "benchmarks/fuzz.py"),
             "--minutes",
-            "0.2",
+            "0.15",
             "--seed",
             "7",
             "--state",
