@@ -18,11 +18,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.checkpoint_index import MANIFEST_FILE as MANIFEST_FILE
+from pipeline.checkpoint_index import damage
 from pipeline.cli import UserError
 from pipeline.files import parse_json
 
@@ -37,6 +38,8 @@ LOG_FILE = "log.jsonl"
 STATE_FILE = "state.json"
 GENERATOR_FILE = "generator.safetensors"
 GENERATOR_EMA_FILE = "generator_ema.safetensors"
+WEIGHTS_FILES = (STATE_FILE, GENERATOR_FILE, GENERATOR_EMA_FILE)
+"""What commands read of a checkpoint after training; they check these files for damage."""
 LOCK_FILE = ".lock"
 WAIT_SECONDS = 3  # for a run folder that is in use
 SAVING_SECONDS = 60  # for one whose run is writing its last checkpoint
@@ -110,16 +113,12 @@ def checkpoint_size(run_dir: Path, step: int) -> int:
 
 def has_ended(run_dir: Path, total_steps: int, patience: int) -> bool:
     """Whether the newest checkpoint is at the last step or used up `patience` (0: unlimited)."""
-    steps = checkpoint_steps(run_dir)
-    if not steps:
+    step = newest_intact(run_dir, (STATE_FILE,))
+    if step is None:
         return False
-    if steps[-1] >= total_steps:
-        return True
-    try:
-        state = parse_json((checkpoint_dir(run_dir, steps[-1]) / STATE_FILE).read_bytes())
-        return 0 < patience <= state["stale_validations"]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: the start of the run detects it
-        return False
+    return step >= total_steps or 0 < patience <= read_state(run_dir, step).get(
+        "stale_validations", 0
+    )
 
 
 def find_run(root: Path = RUNS_DIR) -> Path:
@@ -166,11 +165,12 @@ def _last_saved(run_dirs: Iterable[Path]) -> Path | None:
     return max(times)[-1] if times else None
 
 
-def choose_step(run_dir: Path, step: Step) -> int:
-    """Resolve `step` to the step of a complete checkpoint; `UserError` if there is none.
+def choose_step(run_dir: Path, step: Step, also: Collection[str] = ()) -> int:
+    """Resolve `step` to the step of an intact checkpoint; `UserError` if there is none.
 
     "best" is the step of the best validation so far. If none was measured yet, or its checkpoint is
-    gone, the newest is used and a note on stderr says so.
+    gone or damaged, the newest is used. A note on stderr says so, and likewise names each damaged
+    checkpoint that was passed over. Checked are the files in `WEIGHTS_FILES` and `also`.
     """
     run_dir = newest_stage(Path(run_dir))
     if not run_dir.is_dir():
@@ -180,28 +180,67 @@ def choose_step(run_dir: Path, step: Step) -> int:
         raise UserError(
             f"run {str(run_dir)!r} has no complete checkpoint yet; train until its first save"
         )
-    if step == "newest":
-        return steps[-1]
-    if step == "best":
-        best = _best_step(run_dir, steps[-1])
-        if best in steps:
-            return best
-        why = (
-            "no best step yet"
-            if best is None
-            else f"the checkpoint of the best step {best} is gone"
-        )
-        print(
-            f"note: run {run_dir.name!r}: {why}; using the newest, step {steps[-1]}",
-            file=sys.stderr,
-        )
-        return steps[-1]
-    if step not in steps:
+    names, why = (*WEIGHTS_FILES, *also), ""
+    if step not in ("best", "newest", *steps):
         raise UserError(
             f"run {str(run_dir)!r} has no complete checkpoint of step {step}; "
             f"choose from best, newest, {', '.join(map(str, steps))}"
         )
-    return step
+    if step == "best":
+        best, fault = _best_step(run_dir), ""
+        if best in steps:
+            fault = _damage(checkpoint_dir(run_dir, best), names)
+            if not fault:
+                return best
+            fault = f"damaged ({fault})"
+        why = (
+            "no best step yet"
+            if best is None
+            else f"the checkpoint of the best step {best} is {fault or 'gone'}"
+        )
+    elif step != "newest":
+        if fault := _damage(checkpoint_dir(run_dir, step), names):
+            raise UserError(
+                f"run {str(run_dir)!r}: the checkpoint of step {step} is damaged ({fault}); choose "
+                f"from best, newest, {', '.join(str(other) for other in steps if other != step)}"
+            )
+        return step
+
+    def say(note: str) -> None:
+        print(f"note: run {run_dir.name!r}: {note}", file=sys.stderr)
+
+    newest = newest_intact(run_dir, names, say)
+    if newest is None:
+        raise UserError(
+            f"every checkpoint in {str(run_dir / CHECKPOINTS_DIR)!r} is damaged; choose another run"
+        )
+    if why:
+        say(f"{why}; using the newest, step {newest}")
+    return newest
+
+
+def newest_intact(
+    run_dir: Path, names: Collection[str], say: Callable[[str], None] = lambda _: None
+) -> int | None:
+    """Return the newest step whose index and files `names` are intact; None if there is none.
+
+    `say` is called about each damaged checkpoint. Raises `UserError` if the disk cannot be read.
+    """
+    for step in reversed(checkpoint_steps(run_dir)):
+        fault = _damage(checkpoint_dir(run_dir, step), names)
+        if not fault:
+            return step
+        say(f"the checkpoint of step {step} is damaged ({fault}); trying the previous one")
+    return None
+
+
+def _damage(folder: Path, names: Collection[str]) -> str:
+    try:
+        return damage(folder, names)
+    except OSError as error:
+        raise UserError(
+            f"the checkpoint {str(folder)!r} cannot be read ({error.strerror}); check the disk"
+        ) from error
 
 
 def run_network_file(run_dir: Path, step: Step, ema: bool) -> Path:
@@ -228,16 +267,15 @@ def network_file(model: Path | None) -> Path:
     return run_network_file(find_run() if model is None else model, "best", ema=True)
 
 
-def _best_step(run_dir: Path, newest: int) -> int | None:
-    path = checkpoint_dir(run_dir, newest) / STATE_FILE
-    try:
-        best = parse_json(path.read_bytes())["best_step"]
-        return None if best is None else int(best)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"{str(path)!r} does not say which step is best ({type(error).__name__}: {error}); "
-            "choose --step newest"
-        ) from error
+def _best_step(run_dir: Path) -> int | None:
+    """Return the best step so far, according to the newest checkpoint that says so."""
+    newest = newest_intact(run_dir, (STATE_FILE,))
+    return None if newest is None else read_state(run_dir, newest).get("best_step")
+
+
+def read_state(run_dir: Path, step: int) -> dict[str, Any]:
+    """Return what the checkpoint of `step` says about the run's progress; it must be intact."""
+    return parse_json((checkpoint_dir(run_dir, step) / STATE_FILE).read_bytes())
 
 
 # The lock is a file inside the run folder, so it is the same file whichever path leads there: a

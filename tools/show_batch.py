@@ -26,21 +26,21 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.cli import RunError, UserError, one_line, run
+from pipeline.cli import RunError, UserError, run
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations.base import Parameters
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
 from pipeline.data.spec import DataSpec, num_threads
-from pipeline.files import parse_json, write_atomically
+from pipeline.files import write_atomically
 from pipeline.run_folder import (
     DS_CONFIG_FILE,
     FILE_LISTS_DIR,
     RECIPE_FILE,
     STATE_FILE,
-    checkpoint_dir,
-    checkpoint_steps,
+    newest_intact,
+    read_state,
 )
 from pipeline.training.healing import History
 from pipeline.training.options import TrainOptions, TrainPlan, make_plan
@@ -231,17 +231,8 @@ def _degrades_on_host(run_dir: Path) -> bool:
 
     Older runs left it to DALI, which rounds differently.
     """
-    steps = checkpoint_steps(run_dir.expanduser())
-    if not steps:
-        return True
-    path = checkpoint_dir(run_dir.expanduser(), steps[-1]) / STATE_FILE
-    try:
-        return parse_json(path.read_bytes()).get("cpu_degradation") == "host"
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({one_line(error)}); continue the run, which falls back to an "
-            "earlier step"
-        ) from error
+    step = newest_intact(run_dir.expanduser(), (STATE_FILE,))
+    return step is None or read_state(run_dir.expanduser(), step).get("cpu_degradation") == "host"
 
 
 def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from launch.cluster.remote import ROOT, last_line
 from launch.doctor.allreduce import LATENCY_BYTES
 from pipeline import run_folder
+from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError
 from pipeline.files import parse_json
 
@@ -141,8 +142,10 @@ def step_seconds_of(run_dir: Path, ranks: int) -> float | None:
     run_dir = run_folder.newest_stage(run_dir)
     try:
         batch = parse_json((run_dir / run_folder.DS_CONFIG_FILE).read_text())["train_batch_size"]
-        newest = run_folder.checkpoint_dir(run_dir, run_folder.checkpoint_steps(run_dir)[-1])
-        before = parse_json((newest / run_folder.MANIFEST_FILE).read_text())["world_size"]
+        newest = run_folder.newest_intact(run_dir, ())
+        if newest is None:
+            return None
+        before = read_index(run_folder.checkpoint_dir(run_dir, newest))["world_size"]
         lines = (run_dir / run_folder.LOG_FILE).read_text().splitlines()
         speeds = [speed for speed in map(_images_per_second, lines) if speed]
         return batch / speeds[-1] * before / ranks

@@ -186,8 +186,12 @@ def read_module(directory: os.PathLike[str] | str, name: str) -> dict[str, Tenso
 
     Raises `OSError` if there is none.
     """
-    weights = _read(os.path.join(directory, name, "mp_rank_00_model_states.pt"), "cpu")
-    return dict(weights["module"])
+    return dict(_read(os.path.join(directory, module_file(name)), "cpu")["module"])
+
+
+def module_file(name: str) -> str:
+    """Return the path in a checkpoint of the weights of the network captured as `name`."""
+    return f"{name}/mp_rank_00_model_states.pt"
 
 
 class _CheckpointFiles:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError, say
 from pipeline.files import check_utf8, parse_json
 from pipeline.metrics import METRICS
@@ -20,13 +21,12 @@ from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
     LOG_FILE,
-    MANIFEST_FILE,
-    STATE_FILE,
     Step,
     checkpoint_dir,
     choose_step,
     find_run,
     newest_stage,
+    read_state,
     run_network_file,
 )
 
@@ -41,20 +41,16 @@ def provenance(run_dir: Path, step: int, license_name: str, *, is_averaged: bool
     """Return `license`, `dataset_…` and `validation` for the metadata, if they are known.
 
     `validation` is JSON with the scores of the run's validation at `step`. A run validates its
-    averaged weights (EMA), so raw ones have none.
-
-    Raises:
-        UserError: the checkpoint's index or state cannot be read.
+    averaged weights (EMA), so raw ones have none. The checkpoint must be intact.
     """
-    folder = checkpoint_dir(run_dir, step)
-    dataset = _read(folder / MANIFEST_FILE).get("identity", {}).get("dataset", {})
+    dataset = read_index(checkpoint_dir(run_dir, step))["identity"].get("dataset", {})
     found = {"license": license_name} if license_name else {}
     found |= {
         f"dataset_{key}": str(dataset[key])
         for key in DATASET_KEYS
         if dataset.get(key) not in (None, "")
     }
-    if is_averaged and (scores := _validated(run_dir, step, _read(folder / STATE_FILE))):
+    if is_averaged and (scores := _validated(run_dir, step, read_state(run_dir, step))):
         found["validation"] = json.dumps(scores, sort_keys=True)
     return found
 

@@ -21,9 +21,12 @@ from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.run_folder import (
     FILE_LISTS_DIR,
     REPLACED,
+    STATE_FILE,
+    WEIGHTS_FILES,
     checkpoint_dir,
     checkpoint_folders,
     checkpoint_steps,
+    newest_intact,
 )
 from pipeline.training.options import TrainPlan
 
@@ -60,10 +63,10 @@ def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], index: dict[str, A
 
 
 def newest_of_previous(plan: TrainPlan) -> int | None:
-    """Return the newest step of the previous stage if this stage starts from it, else None."""
+    """Return the newest intact step of the previous stage, or None if this one starts otherwise."""
     if plan.previous is None or plan.recipe.start != "previous":
         return None
-    return max(checkpoint_steps(plan.previous), default=None)
+    return newest_intact(plan.previous, WEIGHTS_FILES)
 
 
 def nothing_left(plan: TrainPlan, step: int) -> str:
@@ -114,8 +117,13 @@ def _last_step(plan: TrainPlan) -> int | None:
     """Return the step at which the stage is finished, or None if it is not or that is uncertain."""
     with suppress(UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         step = max(checkpoint_steps(plan.run_dir), default=None)
-        if step is None or not read_progress(plan.run_dir, step).is_finished(
-            plan.total_steps, plan.recipe.patience
+        # Only the state at first: the rest takes time to read, and few runs are finished.
+        if (
+            step is None
+            or damage(checkpoint_dir(plan.run_dir, step), {STATE_FILE})
+            or not read_progress(plan.run_dir, step).is_finished(
+                plan.total_steps, plan.recipe.patience
+            )
         ):
             return None
         # The normal start repairs a replacement that was interrupted between its two renames.

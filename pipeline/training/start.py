@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.checkpoint.engine_state import read_module
+from pipeline.checkpoint.engine_state import module_file, read_module
 from pipeline.cli import UserError
 from pipeline.files import short_path
 from pipeline.models import GENERATORS
@@ -65,7 +65,8 @@ def load_start_discriminator(network: nn.Module, start: str, plan: TrainPlan) ->
         raise UserError(
             "adversarial.start: previous, but this run has no previous stage; name a run folder"
         )
-    checkpoint_folder = checkpoint_dir(folder, choose_step(folder, "newest"))
+    step = choose_step(folder, "newest", also=(module_file("discriminator"),))
+    checkpoint_folder = checkpoint_dir(folder, step)
     try:
         found = read_module(checkpoint_folder, "discriminator")
     except OSError as error:

@@ -9,13 +9,13 @@ import pytest
 import safetensors
 import torch
 
-from fabricate import CHECKOUT, make_run, picture, write_images
+from fabricate import CHECKOUT, make_run, picture, seal, write_images
 from lives import train
 from pipeline.cli import UserError
 from pipeline.export.torch_file import export_run, verify
 from pipeline.models import build_generator
 from pipeline.models.weights import SavedNetwork, read_network, write_network
-from pipeline.run_folder import run_network_file
+from pipeline.run_folder import checkpoint_dir, run_network_file
 
 # As sitecustomize.py, every Python with it on its path imports it: it hides the three packages.
 BLOCKER = """
@@ -219,6 +219,7 @@ def test_the_dtype_is_that_of_the_weights_not_of_integer_tables(tmp_path):
     assert not next(iter(state.values())).is_floating_point()
     run = make_run(tmp_path, steps=(100,))
     write_network(run_network_file(run, 100, ema=True), SavedNetwork("spandrel", 2, params, state))
+    seal(checkpoint_dir(run, 100), 100)
     assert export_run(run, "newest").saved.metadata["dtype"] == "float32"
 
 

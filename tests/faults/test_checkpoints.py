@@ -3,21 +3,36 @@ either."""
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fabricate import contents_of, seal
+from benchmarks.fault_lives import Outcome, Run, World
+from benchmarks.fault_mutations import mutate
+from conftest import ROOT
+from fabricate import contents_of, make_run, seal
 from pipeline.checkpoint import pruning
 from pipeline.checkpoint.checkpoint import newest_whole
 from pipeline.checkpoint.progress import Progress
 from pipeline.checkpoint.saving import Saver
-from pipeline.checkpoint_index import damage
+from pipeline.checkpoint_index import DamagedError, damage, read_index, write_index
+from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
-from pipeline.run_folder import checkpoint_dir, checkpoint_folders, checkpoint_steps, find_run
+from pipeline.run_folder import (
+    checkpoint_dir,
+    checkpoint_folders,
+    checkpoint_steps,
+    find_run,
+    has_ended,
+    run_network_file,
+)
 
 
 @pytest.fixture(scope="module")
@@ -280,3 +295,179 @@ def test_a_folder_of_a_run_is_recognised_by_one_rule(run_dir: Path) -> None:
         ("step-123456789", 123456789, True),
     ]
     assert checkpoint_folders(run_dir.parent) == []
+
+
+# --- Commands after training ---
+
+
+def spoil(file: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_damage_means_the_same_to_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "runs", steps=(100, 200, 300), best=200)
+    files = ("MANIFEST.json", "state.json", "generator.safetensors", "generator_ema.safetensors")
+    for name in files:
+        copy = Path(shutil.copytree(run_dir, tmp_path / name))
+        spoil(checkpoint_dir(copy, 300) / name)
+        assert newest_whole(copy, Ranks(), lambda _: None) == 200  # train.py
+        copy = Path(shutil.copytree(run_dir, tmp_path / f"{name} again"))
+        spoil(checkpoint_dir(copy, 300) / name)
+        assert run_network_file(copy, "newest", ema=True).parent.name == "step-00000200"
+        note = capsys.readouterr().err
+        assert note.startswith(f"note: run '{copy.name}': the checkpoint of step 300 is damaged (")
+        assert note.endswith("); trying the previous one\n")
+        assert f"({name} has changed since it was written)" in note
+        assert run_network_file(copy, "best", ema=False).parent.name == "step-00000200"
+        assert capsys.readouterr().err == ""  # an older state knows the best step as well
+        with pytest.raises(
+            UserError,
+            match=rf"step 300 is damaged \({name} .*\); choose from best, newest, 100, 200",
+        ):
+            run_network_file(copy, 300, ema=True)
+        assert has_ended(copy, 300, 0) == (name not in ("MANIFEST.json", "state.json"))
+        spoil(checkpoint_dir(copy, 200) / name)
+        assert run_network_file(copy, "best", ema=True).parent.name == "step-00000100"
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"note: run '{copy.name}': ")
+        spoil(checkpoint_dir(copy, 100) / name)
+        for step in ("best", "newest"):
+            with pytest.raises(
+                UserError, match=r"every checkpoint in .* is damaged; choose another"
+            ):
+                run_network_file(copy, step, ema=True)
+        capsys.readouterr()
+
+
+def test_a_disk_that_cannot_be_read_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = make_run(tmp_path)
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=r"step-00000200' cannot be read \(Input/output error\)"):
+        run_network_file(run_dir, "newest", ema=True)
+
+
+# --- The index ---
+
+
+def test_a_flipped_bit_of_an_index_is_found(run_dir: Path) -> None:
+    file = checkpoint_dir(run_dir, 3) / "MANIFEST.json"
+    content = file.read_bytes()
+    assert json.loads(content).keys() == {"step", "world_size", "identity", "files", "sha256"}
+    places = range(8 * len(content))
+    # All of its hash, and a sample of the rest.
+    for place in {*places[-800:], *random.Random(0).sample(places, 800)}:
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        file.write_bytes(changed)
+        with pytest.raises(DamagedError):
+            read_index(file.parent)
+    for length in (*range(1, len(content), 20), *range(len(content) - 100, len(content))):
+        file.write_bytes(content[:length])
+        with pytest.raises(DamagedError):
+            read_index(file.parent)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "1e999",
+        "[" * 100_000,
+        "9" * 5_000,
+        '{"a": ' * 5_000,
+        "\udcff",
+        '{"step": true, "world_size": 1, "identity": {}, "files": {}}',
+        '{"step": 3, "world_size": "1", "identity": {}, "files": {}}',
+        '{"step": 3, "world_size": 1, "identity": [], "files": {}}',
+        '{"step": 3, "world_size": 1, "identity": {}, "files": {}}',
+        '{"step": 3, "world_size": 1, "files": {}}',
+    ],
+)
+def test_json_of_another_shape_is_damage(run_dir: Path, text: str) -> None:
+    file = checkpoint_dir(run_dir, 3) / "MANIFEST.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert damage(file.parent).startswith("MANIFEST.json is not ")
+    assert newest(run_dir)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc/passwd", "a/../../b", "x\0y", "n" * 5_000, "\ud800"]
+)
+def test_a_name_outside_the_checkpoint_is_damage(run_dir: Path, name: str) -> None:
+    folder = checkpoint_dir(run_dir, 3)
+    index = read_index(folder)
+    index["files"][name] = {"size": 1, "sha256": "0" * 64}
+    write_index(folder, index)
+    assert damage(folder) != ""
+
+
+def test_an_index_of_another_step_is_damage(run_dir: Path) -> None:
+    shutil.rmtree(checkpoint_dir(run_dir, 3))
+    shutil.copytree(checkpoint_dir(run_dir, 2), checkpoint_dir(run_dir, 3))
+    assert damage(checkpoint_dir(run_dir, 3)) == "MANIFEST.json is that of step 2"
+
+
+def test_an_index_without_its_hash_is_that_of_an_earlier_version(tmp_path: Path) -> None:
+    for folder in (ROOT / "tests/fixtures/runs-before-the-house").glob("*/checkpoints/step-*"):
+        assert damage(folder) == ""
+        assert "sha256" not in read_index(folder)
+        copy = Path(shutil.copytree(folder, tmp_path / folder.parents[1].name / folder.name))
+        write_index(copy, read_index(copy))
+        text = (copy / "MANIFEST.json").read_text()
+        assert read_index(copy).pop("sha256") in text
+        # Whatever is left of the hash is no earlier version.
+        for spoiled in (
+            text.replace('"sha256": "', '"sha255": "'),
+            text.replace('\n "sha', ' "sha'),
+        ):
+            (copy / "MANIFEST.json").write_text(spoiled)
+            assert damage(copy) != ""
+        # The identity of an earlier one has to be readable, or the run would seem another.
+        for key in ("recipe", "ds_config", "dataset", "precision"):
+            index = read_index(folder)
+            del index["identity"][key]
+            (copy / "MANIFEST.json").write_text(json.dumps(index))
+            assert damage(copy) == "MANIFEST.json is not a checkpoint's index"
+
+
+# --- Whole resumes ---
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 24 steps that was stopped at step 22, after a save at step 21."""
+    run = Run(World(tmp_path_factory.mktemp("world")), "stopped")
+    life = run.start(calls={"train.py": [["at_step", 21, "send", signal.SIGTERM]]})
+    assert life.join() == 128 + signal.SIGTERM
+    assert run.steps()[-2:] == [21, 22]
+    return run
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(stopped: Run, seed: int) -> None:
+    """Two mutations each."""
+    run = Run(stopped.world, f"damaged-{seed}")
+    shutil.copytree(stopped.run_dir, run.run_dir)
+    folder, previous = (checkpoint_dir(run.run_dir, step) for step in (22, 21))
+    whole, draw = content(folder), random.Random(seed)
+    what = [mutate(folder, previous, draw) for _ in range(2)]
+    assert content(folder) != whole
+    outcome = run.conclude(Outcome("; ".join(what)))
+    assert outcome.holds, outcome  # the last step has the bits of an undisturbed run
+    printed = (run.folder / "output").read_text()
+    assert "Traceback" not in printed
+    assert outcome.resumed_at == 21
+    assert re.search(r"step 22 is damaged \(|step-00000022 in .* is not an intact", printed)

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, write_files
+from fabricate import seal
 from pipeline.cli import run as run_command
 from pipeline.config.recipe import write_recipe
 from pipeline.data.reader import training_pipeline
@@ -255,9 +256,9 @@ def test_a_run_shows_its_own_samples(data: Path) -> None:
     # A run from before LR was made on the host continues with DALI, and is shown that way.
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "MANIFEST.json").write_text("{}")
     for state, on_host in (({}, False), ({"cpu_degradation": "host"}, True)):
         (checkpoint / "state.json").write_text(json.dumps(state))
+        seal(checkpoint, 2)
         assert show(data, "--run", run_dir, "--step", 3, "--panel", 64).returncode == 0
         shown = sheet_of(data)
         for _, lr in trained_on(data, 3, 3, *DEGRADED, "seed=5", degrades_on_host=on_host)[6:]:

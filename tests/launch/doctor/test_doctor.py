@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from fabricate import seal
 from launch.cluster import remote
 from launch.cluster.remote import CommandResult, run_on, ssh
 from launch.doctor import checks, diagnose, probe, reach
@@ -1342,7 +1343,7 @@ def test_the_whole_diagnosis(tmp_path: Path, dataset: Path) -> None:
 def make_run(folder: Path, *log: str, batch: Any = 64, world_size: Any = 4) -> Path:
     manifest = folder / "checkpoints" / "step-00000010" / "MANIFEST.json"
     manifest.parent.mkdir(parents=True)
-    manifest.write_text(json.dumps({"world_size": world_size}))
+    seal(manifest.parent, 10, world_size)
     (folder / "ds_config.json").write_text(json.dumps({"train_batch_size": batch}))
     (folder / "log.jsonl").write_text("".join(f"{line}\n" for line in log))
     return folder
