@@ -198,6 +198,9 @@ def _target(options: Options, space: Space, training: TrainOptions, budget: Budg
     measured = [f"steps={budget.steps}"]
     if "validate_every" not in given:
         measured.append(f"validate_every={max(1, budget.steps // 10)}")
+    if not any(key.partition(".")[0] == "healing" for key in given):
+        # A trial that diverges has bad values. Going back with a lower rate would hide that.
+        measured.append("healing=off")
     fixed = (*options.overrides, *measured)
     plans = make_plans(_with(training, fixed))
     base = make_plans(
