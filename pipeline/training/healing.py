@@ -6,7 +6,7 @@ learning rate is for how long. All of this follows from the entries and the step
 run that is stopped and continued, or started again from that step, is the same run.
 
 A checkpoint of the part that was left is recognised by the number of returns that it records; it is
-removed, or, after `--from-step`, renamed to `left-step-N`.
+removed, or, after `--from-step`, renamed to `left-step-N`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.checkpoint.pruning import remove_checkpoint
 from pipeline.checkpoint_index import damage, read_index
 from pipeline.cli import RunError, UserError, counted
-from pipeline.distributed.ranks import Ranks
 from pipeline.files import short_path, write_atomically
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps, free_path
 from pipeline.training.health import Violation
 from pipeline.training.options import TrainPlan
 from pipeline.training.saved_run import refuse_other_run
+
+if TYPE_CHECKING:
+    from pipeline.distributed.ranks import Ranks
 
 HEALING_FILE = "healing.json"
 LONGEST_SEARCH = 64
@@ -342,6 +342,8 @@ def finish_return(run: Any, say: Callable[[str], None]) -> dict[str, Any] | None
 
 def _losses(run: Any, before: History, entry: Return) -> dict[int, float]:
     """Return the loss of each sample of the window by itself, under the averaged weights."""
+    import torch
+
     loader = run.open_loader(entry.first, before)
     own: dict[int, float] = {}
     try:
