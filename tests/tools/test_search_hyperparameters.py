@@ -322,11 +322,13 @@ def test_another_space_is_refused_and_reset_keeps_the_old_study(
         assert kept is not None
         assert (kept / "journal.jsonl").read_text() == "old"
         assert not any((tmp_path / "study").iterdir())
-        with (
-            pytest.raises(UserError, match="in use by another search"),
-            StudyFolder(tmp_path / "study").entered(reset=True),
-        ):
-            pass
+        (tmp_path / "link").symlink_to("study")
+        for name in ("study", "link"):
+            with (
+                pytest.raises(UserError, match="in use by another search"),
+                StudyFolder(tmp_path / name).entered(reset=True),
+            ):
+                pass
 
 
 # --- Spaces ---

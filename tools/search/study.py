@@ -46,7 +46,9 @@ class StudyFolder:
         Raises `UserError` if another process is searching and `reset` is set.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.parent / f".{self.path.name}.study.lock", "a") as file:
+        # Of the real folder, so that a link to it does not lead around the lock.
+        real = self.path.resolve()
+        with open(real.parent / f".{real.name}.study.lock", "a") as file:
             is_alone = _try_lock(file)
             if reset and not is_alone:
                 raise UserError(f"{self.path} is in use by another search; stop it before --reset")
