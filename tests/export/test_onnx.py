@@ -183,8 +183,8 @@ def test_a_failed_comparison_leaves_no_file_under_its_name(tmp_path, monkeypatch
     captured = capsys.readouterr()
     assert "-> x2" not in captured.out
     assert re.fullmatch(
-        r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed'; "
-        r"do not use it\n",
+        r"error: ONNX Runtime differs from PyTorch on 1 x 64x64: .*net\.onnx\.failed' is kept "
+        r"for inspection: do not use it\n",
         captured.err,
     )
 
