@@ -1,4 +1,4 @@
-"""A few faults of benchmarks/faults.py, whose campaigns inject a thousand, and its own parts."""
+"""A few faults of benchmarks/faults.py, whose campaigns inject hundreds, and its own parts."""
 
 from __future__ import annotations
 
