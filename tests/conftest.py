@@ -27,6 +27,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+from benchmarks.small_runs import photograph  # noqa: E402 (found on the path set above)
 
 SLOW = ROOT / "tests" / "slow.txt"
 """Tests that take more than a second, one `file::function` per line; `./run_tests.sh fast` skips
@@ -49,20 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     first = {ROOT / "tests" / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: (first.get(item.path, len(first)), -tests[item.path], item.path))
-
-
-def photograph(seed: int, height: int, width: int) -> np.ndarray:
-    """Return an image with edges, texture and noise: uint8, (height, width, 3)."""
-    import cv2
-
-    random = np.random.default_rng(seed)
-    image = random.integers(0, 256, (6, 6, 3)).astype(np.uint8)
-    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    for _ in range(12):
-        x, y, radius = (int(v) for v in random.integers(0, min(height, width), 3))
-        cv2.circle(image, (x, y), radius // 4 + 2, [int(v) for v in random.integers(0, 256, 3)], -1)
-    noise = random.normal(0, 3, image.shape)
-    return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")
