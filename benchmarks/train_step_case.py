@@ -157,10 +157,16 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 batch = next(loader)
             outcome = trainer.step(batch, number)
             with part("metrics"):
-                meter.add(outcome, batch.index)
+                meter.add(outcome)
         number += 1
         with part("metrics"):
-            meter.end_step(number, step_was_skipped(trainer.learners(number - 1)), loader)
+            learners = trainer.learners(number - 1)
+            norms = {
+                name: engine.gradient_norm
+                for name, engine in trainer.engines.items()
+                if engine in learners
+            }
+            meter.end_step(number, step_was_skipped(learners), norms, loader)
 
     step()
     wait(device)

@@ -343,7 +343,10 @@ def _read_key(task: dict[str, Any]) -> str:
         return messages.read_key(task["run"])
     if not select.select([sys.stdin], [], [], CONNECT_SECONDS)[0]:
         raise OSError(errno.ETIMEDOUT, "srun passed no key on stdin", "stdin")
-    return sys.stdin.readline().strip()
+    key = sys.stdin.readline().strip()
+    if not key:
+        raise OSError(errno.ENODATA, "srun passed no key on stdin", "stdin")
+    return key
 
 
 def main() -> int:

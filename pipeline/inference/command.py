@@ -26,7 +26,6 @@ from pipeline.files import reason, write_atomically
 from pipeline.inference import png
 from pipeline.inference.choosing import choose_backend
 from pipeline.inference.devices import choose_device
-from pipeline.inference.film_segments import discard_leftovers
 from pipeline.inference.jobs import UpscalingJob, plan_jobs, unread_files, without_existing
 from pipeline.inference.measurements import digest
 from pipeline.inference.pictures import Picture, encode_picture, picture_size, read_picture
@@ -67,6 +66,8 @@ def run_upscaling(
     planned = plan_jobs(inputs, out, f".{format}")
     for job in planned:
         if job.is_video and job.target.exists():
+            from pipeline.inference.film_segments import discard_leftovers  # imports PyAV
+
             discard_leftovers(job.target)
     jobs = without_existing(planned, force=force, skip_existing=skip_existing)
     if unread := unread_files(inputs, out):

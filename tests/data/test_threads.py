@@ -16,6 +16,7 @@ from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe, recipe_differences
 from pipeline.data.spec import num_threads
 from pipeline.training import setup
+from pipeline.training.healing import History
 from pipeline.training.meter import Reading
 from pipeline.training.reporting import Reporter
 
@@ -88,7 +89,10 @@ def test_the_host_degrades_on_cpus_in_runs_that_began_so(
         rank=0, world_size=1, device=torch.device(device), gather=lambda value: [value]
     )
     run = SimpleNamespace(
-        plan=SimpleNamespace(recipe=load_recipe("realesrgan_x4"), dataset=None),
+        plan=SimpleNamespace(
+            recipe=load_recipe("realesrgan_x4"), dataset=None, ds_config={"train_batch_size": 4}
+        ),
+        history=History(),
         ranks=ranks,
         micro_batch=4,
         accumulation=1,
@@ -104,7 +108,10 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
     reporter = object.__new__(Reporter)
     reporter.__dict__.update(
         _run=SimpleNamespace(
-            trainer=SimpleNamespace(generator=SimpleNamespace(get_lr=lambda: [1e-4]), engines={})
+            trainer=SimpleNamespace(
+                generator=SimpleNamespace(get_lr=lambda: [1e-4], rate=SimpleNamespace(value=1.0)),
+                engines={},
+            )
         ),
         _progress=Progress(step=50),
         journal=SimpleNamespace(log=lambda *_: None),
@@ -115,7 +122,7 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
         _console=SimpleNamespace(progress=lambda *_: None, say=said.append),
     )
     for wait in (0.02, 0.31, 0.5):
-        reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0, 0, 0, 0), 1.0)
+        reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0), 1.0)
     assert said == [
         "note: 31% of the time is spent waiting for data; raise data.threads (now auto), or "
         "convert encoded files to .npy, which need no decoding (tools/convert_dataset.py)"

@@ -112,7 +112,7 @@ def test_a_distribution_is_taken_of_any_number_of_values(tmp_path: Path) -> None
 
 
 def reading(losses: dict[str, float]) -> Reading:
-    return Reading(losses, {"discriminator": 0.5}, 10.0, 0.0, 0.0, 60.0, 0, 0, 0)
+    return Reading(losses, {"discriminator": 0.5}, 10.0, 0.0, 0.0, 60.0)
 
 
 def test_a_step_without_losses_reports_none() -> None:

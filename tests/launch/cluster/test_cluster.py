@@ -450,8 +450,13 @@ hosts = next(word for word in words if word.startswith("--nodelist=")).partition
 variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": len(hosts),
              "SLURM_LOCALID": 0, "SLURM_STEP_NODELIST": ",".join(hosts)}
 env = ["env", *(f"{name}={value}" for name, value in variables.items())]
-tasks = [subprocess.Popen(["ssh", host, shlex.join([*env, f"SLURM_PROCID={rank}", *command])])
+given = sys.stdin.buffer.read()  # srun copies it to all tasks
+tasks = [subprocess.Popen(["ssh", host, shlex.join([*env, f"SLURM_PROCID={rank}", *command])],
+                          stdin=subprocess.PIPE)
          for rank, host in enumerate(hosts)]
+for task in tasks:
+    task.stdin.write(given)
+    task.stdin.close()
 sys.exit(max(task.wait() for task in tasks))
 """
 
