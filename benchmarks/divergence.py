@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,9 @@ class Fault:
 
     @property
     def text(self) -> str:
-        factor = f" x {self.factor:g}" if self.kind in ("rate", "weights", "discriminator") else ""
+        factor = (
+            f" (x {self.factor:g})" if self.kind in ("rate", "weights", "discriminator") else ""
+        )
         return f"{KINDS[self.kind][0]}{factor}, {self.count} updates from {self.at}"
 
 
@@ -151,12 +153,12 @@ def _weights(trainer: Any, batch: Any, fault: Fault) -> Iterator[None]:
 
 
 KINDS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "rate": ("learning rate", _rate),
-    "crop": ("an HR crop of noise", _crop),
-    "gradient": ("NaN in a gradient", _gradient),
-    "overflow": ("infinite gradients", _overflow),
-    "discriminator": ("the discriminator's learning rate", _discriminator_rate),
-    "weights": ("weights", _weights),
+    "rate": ("the learning rate is far too high", _rate),
+    "crop": ("an HR crop is noise", _crop),
+    "gradient": ("a gradient is NaN", _gradient),
+    "overflow": ("gradients are infinite", _overflow),
+    "discriminator": ("the discriminator's learning rate is far too high", _discriminator_rate),
+    "weights": ("weights are multiplied", _weights),
 }
 FAULTS = (
     Fault("rate", 230, 20, 100),
@@ -246,10 +248,27 @@ def main(options: Options) -> None:
                     with open(options.results, "a") as file:
                         file.write(json.dumps(done[cases, number]) + "\n")
                 print(json.dumps(done[cases, number]), flush=True)
-    for cases in ("faults", "clean"):
-        entries = [entry for (kind, _), entry in sorted(done.items()) if kind == cases]
-        if entries:
-            print(f"{cases}: {sum(entry['is_good'] for entry in entries)} of {len(entries)} good")
+    entries = [entry for (cases, _), entry in sorted(done.items()) if cases == "faults"]
+    if entries:
+        print(table(entries))
+        print(f"faults: {sum(e['is_good'] for e in entries)} of {len(entries)} within 1 %")
+    entries = [entry for (cases, _), entry in sorted(done.items()) if cases == "clean"]
+    if entries:
+        print(f"clean runs: {sum(e['is_good'] for e in entries)} of {len(entries)} the same")
+
+
+def table(entries: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the results of faults, with a row for each kind."""
+    rows = ["| fault | count | went back | within 1 % | PSNR-Y, worst |", "|---|---|---|---|---|"]
+    for kind, (text, _) in KINDS.items():
+        own = [entry for entry in entries if FAULTS[entry["number"]].kind == kind]
+        if own:
+            worst = min((e["psnr_y"] or 0) / e["clean_psnr_y"] - 1 for e in own)
+            rows.append(
+                f"| {text} | {len(own)} | {sum(e['returns'] > 0 for e in own)} | "
+                f"{sum(e['is_good'] for e in own)} | {100 * worst:+.1f} % |"
+            )
+    return "\n".join(rows)
 
 
 def run_fault(
