@@ -94,7 +94,7 @@ def find_file(name: str) -> Path:
     Where the package is installed, a file of that name in the current folder comes first. An
     absolute `name` is used unchanged.
     """
-    return Path(name) if INSTALLED and Path(name).is_file() else ROOT / name
+    return Path(name) if INSTALLED and os.path.isfile(name) else ROOT / name
 
 
 def recipe_names(folder: str = "recipes") -> list[str]:

@@ -8,6 +8,7 @@ JSON file and nowhere else. Imports no torch.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -473,7 +474,7 @@ def parse_overrides(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[st
 def _recipe_path(name: str) -> Path:
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name).expanduser() if is_path else find_file(f"recipes/{name}.yaml")
-    if not path.is_file():
+    if not os.path.isfile(path):  # also False for a name that is too long
         known = recipe_names()
         raise UserError(
             f"no recipe {name!r}{nearest(name, known)} (or give the path of a .yaml file)"

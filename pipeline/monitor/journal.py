@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.files import AppendFile, parse_json
 from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
+MOST_UNWRITTEN = 10_000  # lines of log.jsonl that are kept while the disk is full
 MOST_VALUES = 1_000_000
 """Larger distributions are represented by this many evenly spaced values; torch computes quantiles
 of at most 2^24."""
@@ -57,6 +59,7 @@ class Journal:
         with self.warn_on_error():
             _drop_after(path, step)
         self._lines = AppendFile(path)
+        self._unwritten: deque[bytes] = deque(maxlen=MOST_UNWRITTEN)  # lines
         self._board = _board(log_dir / TENSORBOARD_DIR, step)
 
     def log(self, event: str, step: int, values: Mapping[str, Any]) -> None:
@@ -119,8 +122,15 @@ class Journal:
             self._tracker.histogram(step, tag, values.numpy())
 
     def _line(self, line: Mapping[str, Any]) -> None:
+        self._unwritten.append(f"{json.dumps(line)}\n".encode())
         with self.warn_on_error():
-            self._lines.write(f"{json.dumps(line)}\n".encode())
+            self._write_lines()
+
+    def _write_lines(self) -> None:
+        """Write the lines in order; those that a full disk does not take stay for the next call."""
+        while self._unwritten:
+            self._lines.write(self._unwritten[0])
+            self._unwritten.popleft()
 
     @contextmanager
     def warn_on_error(self, what: str = "the log") -> Iterator[None]:
@@ -136,6 +146,8 @@ class Journal:
                 self._broken.add(what)
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._write_lines()
         with suppress(OSError):
             self._board.close()
         self._lines.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,31 @@ def test_durations() -> None:
         "1:00:00",
         "3:07:05",
     ]
+
+
+def test_lines_that_a_full_disk_does_not_take_follow_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    journal = Journal(tmp_path, 0, said.append)
+    journal.log("train", 1, {"loss": 1.0})
+    write, is_full = AppendFile.write, True
+
+    def limited(file: AppendFile, record: bytes) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file.path))
+        write(file, record)
+
+    monkeypatch.setattr(AppendFile, "write", limited)
+    journal.log("train", 2, {"loss": 2.0})
+    journal.log("train", 3, {"loss": 3.0})
+    assert len(lines(tmp_path)) == 1
+    is_full = False
+    journal.log("train", 4, {"loss": 4.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    is_full = True
+    journal.log("train", 5, {"loss": 5.0})
+    is_full = False
+    journal.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "No space left on device" in said[0]

@@ -194,10 +194,10 @@ class FileChecker:
 
         Raises `BadImageError` also for damage that only `decode_rgb` detects.
         """
-        if not header.is_for_dali or (has_fast_decoder(header) and header.format != "jp2"):
+        if not header.is_for_dali or has_fast_decoder(header):
             return decode_rgb(data, header)  # the same pixels that DALI decodes or receives
         # DALI accepts damaged files that the tools which cut crops reject.
-        if header.format in ("tiff", "jpeg"):
+        if header.format == "jpeg":
             decode_rgb(data, header)
         else:
             check_complete(data, header)

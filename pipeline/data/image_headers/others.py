@@ -251,6 +251,7 @@ def _codestream(
         if marker == 0xFF52:  # COD; its tenth byte is the wavelet: 0 is 9-7, irreversible
             wavelet = unpack(">10B", read, at + 4)[9]
             is_plain &= depth == 8 and channels in (1, 3)
+            # Not for DALI: it accepts damaged files, and dies of some.
             return ImageHeader(
                 "jp2",
                 bottom - top,
@@ -259,7 +260,6 @@ def _codestream(
                 channels,
                 is_lossy=wavelet == 0,
                 is_plain=is_plain,
-                is_for_dali=is_plain,
                 pixels_at=pixels_at,
                 profile=profile,
                 tags={0: (color,)},

@@ -18,7 +18,6 @@ from pipeline.data.image_headers.base import (
 _COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 7, 8, 32773, 32946, 34925, 50000, 50001))
 # Codes of libtiff: none, fax (2, 3, 4), LZW, JPEG, deflate (8, 32946), PackBits, LZMA, Zstandard,
 # WebP.
-_FOR_DALI = frozenset((1, 5, 8, 32773, 32946, 50000))
 # LZW, JPEG, deflate, Zstandard: their data never starts with four zero bytes or ends in 16.
 _CODED = frozenset((5, 7, 8, 32946, 50000))
 # Size, bits, compression, colours, positions of strips and tiles, orientation, channels, planes,
@@ -73,9 +72,8 @@ def _parse(read: Read) -> ImageHeader:
             f"{', '.join(map(str, _DEPTHS[kind]))} bits are supported: save it with 8 or 16"
         )
     turned = tags.get(274, (1,))[0]
-    # Other tiled TIFFs fail in DALI for some tile sizes.
-    is_easy = 322 not in tags or (planes == 1 and turned == 1)
     is_common = depth == 8 and (kind, channels) in ((1, 1), (2, 3)) and 338 not in tags
+    # Not for DALI, which fails for some sizes of tiles and dies of some damaged files.
     return ImageHeader(
         "tiff",
         tags[257][0],
@@ -85,7 +83,6 @@ def _parse(read: Read) -> ImageHeader:
         is_lossy=compression in (6, 7, 50001),
         is_plain=is_common and planes == 1,
         orientation=turned if 1 <= turned <= 8 else 1,
-        is_for_dali=is_common and compression in _FOR_DALI and is_easy,
         profile=bytes(tags[34675]) if 34675 in tags else None,
         is_palette=kind == 3,
         tags=tags,
