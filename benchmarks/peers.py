@@ -276,7 +276,7 @@ def _print_table(participants: list[Participant], options: Options) -> None:
     images = options.batch * options.steps
     rates = {p.name: [images / wall for wall in p.walls] for p in participants}
     print(
-        f"\n{'':16}{'images/s':>10}{'min':>8}{'max':>8}{'ratio':>8}"
+        f"\n{'':16}{'images/s':>10} {'min':>8} {'max':>8}{'ratio':>8}"
         f"{'CPU s per image':>16}{'MiB':>8}"
     )
     for participant in participants:
@@ -285,7 +285,7 @@ def _print_table(participants: list[Participant], options: Options) -> None:
         rate = rates[participant.name]
         print(
             f"{participant.name:16}"
-            f"{statistics.median(rate):10.2f}{min(rate):8.2f}{max(rate):8.2f}{1 / ratio:8.2f}"
+            f"{statistics.median(rate):10.2f} {min(rate):8.2f} {max(rate):8.2f} {1 / ratio:7.2f}"
             f"{statistics.median(participant.cpus) / images:16.3f}"
             f"{participant.resident_mebibytes():8.0f}"
         )

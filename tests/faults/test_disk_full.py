@@ -293,8 +293,7 @@ def test_logs_go_on_when_there_is_space_again(
         assert printed.out.count("warning: the log cannot be written: [Errno 28]") == 1
         assert printed.out.count("warning: run.log cannot be written: [Errno 28]") == 1
         lines = [json.loads(line) for line in (disk / "log.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in (lines[0], lines[-1])] == [1, 400]
-        assert len(lines) < 400
+        assert [line["step"] for line in lines] == list(range(1, 401))
         assert (disk / "run.log").read_text().splitlines()[-1].endswith("after")
         board = EventAccumulator(str(disk / "tensorboard")).Reload()
         assert [event.step for event in board.Scalars("train/loss")][-1] == 400
@@ -385,7 +384,9 @@ def test_upscaling_stops_when_the_disk_is_full(
         ballast.unlink()
         status, printed, said = run_command(capsys, upscale, *arguments, "--skip-existing")
         assert (status, said) == (0, "")
-        assert f"skipped: {len(done)} results that already exist" in printed
+        # A result that was being written when the disk was found to be full may follow.
+        skipped = int(printed.partition("skipped: ")[2].split()[0])
+        assert len(done) <= skipped < len(sources)
         assert len(list((disk / "out").iterdir())) == len(sources)
         assert before == {path: path.read_bytes() for path in done}
 

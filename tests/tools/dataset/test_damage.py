@@ -146,9 +146,11 @@ def test_the_tools_agree_on_damage(tmp_path):
     assert [name for name in sorted(files) if f"{name}: " in output] == bad, output
 
 
-def test_lzw_tiff_that_dali_takes_is_bad(tmp_path):
+def test_a_damaged_lzw_tiff_is_bad(tmp_path):
+    """DALI's decoder accepts it."""
     broken = damaged(encoded(PIXELS, "tiff", compression="tiff_lzw"), "random")
-    assert HostDecoder(threads=1, batch=1).decode_content(broken).shape == PIXELS.shape
+    with pytest.raises(BadImageError, match="cannot be decoded"):
+        HostDecoder(threads=1, batch=1).decode_content(broken)
     write_files(tmp_path, {"broken.tif": broken})
     result = checker(tmp_path)("broken.tif")
     assert (result.status, result.gate) == (FileStatus.BAD, "file")
