@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.specs import HealingSpec
@@ -31,6 +31,7 @@ SATURATED_SHARE = 0.002  # of the discriminator's loss when it cannot tell real 
 EXPLODED_FACTOR = 50.0  # of that loss
 NUM_VALIDATIONS = 5  # that a validation is compared with
 CONFIRMING_RISE = 1.5  # of the loss, for a drop of PSNR to be a divergence
+BOTH = ("generator", "discriminator")  # engines to slow down
 GAN_DROP_FACTOR = 2.0  # a GAN gives up some PSNR for sharpness
 
 
@@ -55,22 +56,6 @@ class Violation:
     first: int  # steps: number of updates done before the first one that is suspected
     last: int  # and after the last
     engines: tuple[str, ...]  # whose learning rate should be lower
-
-
-@dataclass(frozen=True)
-class _Watch:
-    """A quantity that must not leave its range for several blocks in a row."""
-
-    key: str
-    blocks: int  # in a row that are bad before it is a violation
-    engines: tuple[str, ...]
-    text: str
-
-
-EXPLOSIONS = (
-    _Watch("loss", 2, ("generator", "discriminator"), "the loss"),
-    _Watch("norm", 2, ("generator", "discriminator"), "the generator's gradient norm"),
-)
 
 
 class HealthRule:
@@ -132,7 +117,7 @@ class HealthRule:
                 f"PSNR-Y was {psnr:.2f} dB at step {step}",
                 before or 0,
                 step,
-                ("generator", "discriminator"),
+                BOTH,
             )
         if self._loss is None:  # no block has ended yet
             return None
@@ -149,7 +134,7 @@ class HealthRule:
             f"the validations before, and the loss rose to {self._loss:.4g} from {loss:.4g}",
             before or 0,
             step,
-            ("generator", "discriminator"),
+            BOTH,
         )
 
     def _judge_step(self, fact: StepFacts) -> Violation | None:
@@ -165,13 +150,12 @@ class HealthRule:
                 "a gradient was not finite, so that it was skipped, in",
             ),
         ):
-            self._runs[key] = (self._runs.get(key, 0) + 1) * is_bad
-            if self._runs[key] >= limit:
+            if self._in_a_row(key, is_bad) >= limit:
                 return Violation(
                     f"{text} each of {limit} updates up to step {fact.step}",
                     max(0, fact.step - limit - BLOCK),
                     fact.step,
-                    ("generator", "discriminator"),
+                    BOTH,
                 )
         if is_finite and not fact.was_skipped:
             # Without the adversarial term, which may be below 0 and falls as the generator learns.
@@ -198,40 +182,36 @@ class HealthRule:
             for key in sorted({key for values in block for key in values})
         }
         self._loss = medians.get("loss", self._loss)
-        for watch in EXPLOSIONS:
-            if watch.key not in medians:
+        for key, rise, text in (
+            ("loss", self._spec.loss_rise, "the loss"),
+            ("norm", NORM_RISE, "the generator's gradient norm"),
+        ):
+            if key not in medians:
                 continue
-            value, earlier = medians[watch.key], self._medians.get(watch.key, [])
-            rise = self._spec.loss_rise if watch.key == "loss" else NORM_RISE
-            usual = (
-                statistics.median(earlier)
-                if len(earlier) >= FEWEST_BLOCKS
-                else 2 * self._initial.get(watch.key, math.inf)
-            )
+            value, earlier = medians[key], self._medians.get(key, [])
+            first = self._initial.get(key, math.inf)
+            usual = statistics.median(earlier) if len(earlier) >= FEWEST_BLOCKS else 2 * first
             # Also above its first value: the loss of a network that has learnt a small dataset by
             # heart may rise by any factor without harm.
-            is_bad = value > rise * usual and value > self._initial.get(watch.key, math.inf)
-            if found := self._count(watch, is_bad, medians, step, usual):
+            is_bad = value > rise * usual and value > first
+            if found := self._explosion(key, is_bad, 2, step, text, value, usual):
                 return found
         if "drift" in medians:
-            watch = _Watch("drift", 3, ("generator", "discriminator"), "the mean colour error")
-            earlier = [abs(value) for value in self._medians.get("drift", [])]
+            value = medians["drift"]
+            earlier = [abs(drift) for drift in self._medians.get("drift", [])]
             usual = statistics.median(earlier) if len(earlier) >= FEWEST_BLOCKS else math.inf
-            is_bad = usual < DRIFT_USUAL and abs(medians["drift"]) > DRIFT_LIMIT
-            if found := self._count(watch, is_bad, medians, step, usual):
+            is_bad = usual < DRIFT_USUAL and abs(value) > DRIFT_LIMIT
+            text = "the mean colour error"
+            if found := self._explosion("drift", is_bad, 3, step, text, value, usual):
                 return found
         if "discriminator" in medians and self._indifferent:
-            value = medians["discriminator"]
-            watch = _Watch("discriminator", 3, ("discriminator",), "the discriminator's loss")
-            is_bad = value > EXPLODED_FACTOR * self._indifferent
-            if found := self._count(watch, is_bad, medians, step, self._indifferent):
-                return found
+            value, usual = medians["discriminator"], self._indifferent
+            is_bad, text = value > EXPLODED_FACTOR * usual, "the discriminator's loss"
+            if found := self._explosion("discriminator", is_bad, 3, step, text, value, usual):
+                return replace(found, engines=("discriminator",))
             # A discriminator that is always right teaches the generator nothing.
-            key = "saturated"
-            is_bad = value < SATURATED_SHARE * self._indifferent
-            self._runs[key] = (self._runs.get(key, 0) + 1) * is_bad
             blocks = -(-self._spec.saturation // BLOCK)
-            if self._runs[key] >= blocks:
+            if self._in_a_row("saturated", value < SATURATED_SHARE * usual) >= blocks:
                 return Violation(
                     f"the discriminator's loss was below {SATURATED_SHARE:.1%} of that of guessing "
                     f"for {blocks * BLOCK} updates up to step {step}: it no longer teaches the "
@@ -247,18 +227,21 @@ class HealthRule:
                 self._medians[key] = [*self._medians.get(key, []), value][-NUM_BLOCKS:]
         return None
 
-    def _count(
-        self, watch: _Watch, is_bad: bool, medians: Mapping[str, float], step: int, usual: float
+    def _in_a_row(self, key: str, is_bad: bool) -> int:
+        """Count one more; return how many in a row were bad."""
+        self._runs[key] = (self._runs.get(key, 0) + 1) * is_bad
+        return self._runs[key]
+
+    def _explosion(
+        self, key: str, is_bad: bool, most: int, step: int, text: str, value: float, usual: float
     ) -> Violation | None:
-        """Count bad blocks in a row; return a violation if there are too many."""
-        self._runs[watch.key] = (self._runs.get(watch.key, 0) + 1) * is_bad
-        if self._runs[watch.key] < watch.blocks:
+        """Count bad blocks in a row; return a violation if they are `most`."""
+        if self._in_a_row(key, is_bad) < most:
             return None
         return Violation(
-            f"{watch.text} was {medians[watch.key]:.4g} in the updates up to step {step}, after "
-            f"{usual:.4g} before",
+            f"{text} was {value:.4g} in the updates up to step {step}, after {usual:.4g} before",
             # The cause comes before its effect, so one block more.
-            max(0, step - (watch.blocks + 1) * BLOCK),
+            max(0, step - (most + 1) * BLOCK),
             step,
-            watch.engines,
+            BOTH,
         )
