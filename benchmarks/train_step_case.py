@@ -161,12 +161,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         number += 1
         with part("metrics"):
             learners = trainer.learners(number - 1)
-            norms = {
-                name: engine.gradient_norm
-                for name, engine in trainer.engines.items()
-                if engine in learners
-            }
-            meter.end_step(number, step_was_skipped(learners), norms, loader)
+            norms = {name: engine.gradient_norm for name, engine in learners.items()}
+            meter.end_step(number, step_was_skipped(learners.values()), norms, loader)
 
     step()
     wait(device)

@@ -24,7 +24,7 @@ from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.checkpoint.pruning import remove_checkpoint
 from pipeline.checkpoint_index import damage, read_index
 from pipeline.cli import RunError, UserError, counted
-from pipeline.files import short_path, write_atomically
+from pipeline.files import parse_json, short_path, write_atomically
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps, free_path
 from pipeline.training.health import Violation
 from pipeline.training.options import TrainPlan
@@ -78,7 +78,7 @@ class History:
         if not path.is_file():
             return History()
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["returns"]
+            entries = parse_json(path.read_text(encoding="utf-8"))["returns"]
             return History(Return(**entry) for entry in entries)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

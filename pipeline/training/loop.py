@@ -125,12 +125,8 @@ class Training:
             learners = trainer.learners(progress.step - 1)
             meter.end_step(
                 progress.step,
-                step_was_skipped(learners),
-                {
-                    name: engine.gradient_norm
-                    for name, engine in trainer.engines.items()
-                    if engine in learners
-                },
+                step_was_skipped(learners.values()),
+                {name: engine.gradient_norm for name, engine in learners.items()},
                 loader,
             )
             self._log_notes(loader)

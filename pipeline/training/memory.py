@@ -20,7 +20,7 @@ from pipeline.config.ds_config import batch_sizes
 from pipeline.data.loader import Batch
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.engine import resolve_ds_config
-from pipeline.files import write_atomically
+from pipeline.files import parse_json, write_atomically
 from pipeline.losses.adversarial import ADVERSARIAL_LOSSES
 from pipeline.models import build_generator
 from pipeline.models.discriminators import build_discriminator
@@ -102,7 +102,9 @@ def fit_to_memory(plan: TrainPlan, ranks: Ranks) -> TrainPlan:
     return _with_micro_batch(plan, max(n for n in range(1, most + 1) if share % n == 0), ranks)
 
 
-def split_further(plan: TrainPlan, error: MemoryShortageError, ranks: Ranks) -> TrainPlan:
+def split_further(
+    plan: TrainPlan, error: MemoryShortageError, ranks: Ranks, say: Callable[[str], None]
+) -> TrainPlan:
     """Return `plan` with smaller micro-batches and more accumulation, and record them in its run.
 
     The samples and the number of updates stay the same, and sums are rounded differently. Raises
@@ -131,6 +133,11 @@ def split_further(plan: TrainPlan, error: MemoryShortageError, ranks: Ranks) -> 
         raise MemoryShortageError(
             f"{error}. The same command continues with micro-batches of {smaller}"
         ) from error
+    say(
+        f"{str(error).partition('; set ')[0]}; using micro-batches of {smaller} and "
+        f"{share // smaller} of them per update instead: the same samples, and the same weights "
+        "but for rounding"
+    )
     return _with_micro_batch(plan, smaller, ranks)
 
 
@@ -138,7 +145,7 @@ def _read_limit(plan: TrainPlan) -> int | None:
     """Return the largest micro-batch that may fit, as an earlier start recorded it."""
     path = plan.run_dir / MEMORY_FILE
     try:
-        return max(1, int(json.loads(path.read_text())["micro_batch"]))
+        return max(1, int(parse_json(path.read_text())["micro_batch"]))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
@@ -202,17 +209,9 @@ def rehearse(
     for plan in plans[1:]:
         begun = ranks.agree(bool(checkpoint_steps(plan.run_dir)))
         if ranks.device.type in REHEARSED and not begun:
-            plan, error = fit_to_memory(plan, ranks), True
-            while error:
-                error = None
-                try:
-                    with explain_out_of_memory(plan, ranks):
-                        _rehearse(plan, ranks)
-                except MemoryShortageError as shortage:
-                    error = bare(shortage)
-                if error:
-                    plan = split_further(plan, error, ranks)
-                    say(describe_split(plan, error, ranks))
+            plan = fit_to_memory(plan, ranks)
+            while error := _shortage(plan, ranks):
+                plan = split_further(plan, error, ranks, say)
             say(
                 f"stage {plan.recipe.stage} fits into memory (tested with one update{_peak(ranks)})"
             )
@@ -220,14 +219,14 @@ def rehearse(
     return fitting
 
 
-def describe_split(plan: TrainPlan, error: MemoryShortageError, ranks: Ranks) -> str:
-    """Return the line that says how `plan` splits its batches after `error`."""
-    micro, accumulation = batch_sizes(plan.ds_config, ranks.world_size)
-    what = str(error).partition("; set ")[0]
-    return (
-        f"{what}; using micro-batches of {micro} and {accumulation} of them per update instead: "
-        "the same samples, and the same weights but for rounding"
-    )
+def _shortage(plan: TrainPlan, ranks: Ranks) -> MemoryShortageError | None:
+    """Rehearse `plan`; return the error if it does not fit."""
+    try:
+        with explain_out_of_memory(plan, ranks):
+            _rehearse(plan, ranks)
+    except MemoryShortageError as error:
+        return bare(error)
+    return None
 
 
 def _rehearse(plan: TrainPlan, ranks: Ranks) -> None:

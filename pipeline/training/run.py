@@ -38,7 +38,6 @@ from pipeline.training.loop import Training
 from pipeline.training.memory import (
     MemoryShortageError,
     bare,
-    describe_split,
     fit_to_memory,
     rehearse,
     split_further,
@@ -233,8 +232,7 @@ def _train(
             if isinstance(trouble, DivergedError):
                 return_to_health(plan, trouble, ranks, console.say)
             else:
-                plan = split_further(plan, trouble, ranks)
-                console.say(describe_split(plan, trouble, ranks))
+                plan = split_further(plan, trouble, ranks, console.say)
         except RunError as error:
             console.note(f"error: {error}")
             raise

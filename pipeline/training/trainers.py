@@ -55,9 +55,9 @@ class ReconstructionTrainer:
         """Name -> engine; what a checkpoint holds."""
         return {"generator": self.generator}
 
-    def learners(self, number: int) -> list[Engine]:
-        """Return the engines that learn in update `number` of the run."""
-        return [self.generator]
+    def learners(self, number: int) -> dict[str, Engine]:
+        """Return the engines that learn in update `number` of the run, by name."""
+        return self.engines
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
@@ -113,13 +113,13 @@ class AdversarialTrainer:
         """Name -> engine; what a checkpoint holds."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
-    def learners(self, number: int) -> list[Engine]:
-        """Return the engines that learn in update `number` of the run."""
-        turns = (
-            (self.generator, self.spec.generator_every),
-            (self.discriminator, self.spec.discriminator_every),
-        )
-        return [engine for engine, every in turns if number % every == 0]
+    def learners(self, number: int) -> dict[str, Engine]:
+        """Return the engines that learn in update `number` of the run, by name."""
+        every = {
+            "generator": self.spec.generator_every,
+            "discriminator": self.spec.discriminator_every,
+        }
+        return {name: engine for name, engine in self.engines.items() if number % every[name] == 0}
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
@@ -130,11 +130,11 @@ class AdversarialTrainer:
         lr = batch.lr.contiguous(memory_format=self.memory_format)
         hr = unit_range(batch.hr, torch.float32).contiguous(memory_format=self.memory_format)
         learners = self.learners(number)
-        with torch.set_grad_enabled(self.generator in learners):
+        with torch.set_grad_enabled("generator" in learners):
             sr = self.generator(lr).float()
-        losses = self._update_generator(sr, hr) if self.generator in learners else {}
+        losses = self._update_generator(sr, hr) if "generator" in learners else {}
         statistics = _colour_drift(sr.detach(), hr)
-        if self.discriminator in learners:
+        if "discriminator" in learners:
             statistics |= self._update_discriminator(sr.detach(), hr)
         return StepResult(losses, statistics)
 
