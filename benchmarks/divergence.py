@@ -218,7 +218,7 @@ class Options:
     cases: Annotated[str, tyro.conf.arg(metavar="faults|clean|all")] = "all"
     """Which cases to run."""
     dataset_dir: Path | None = None
-    """A dataset folder with lists. Default: the demo's photographs, made anew."""
+    """A dataset folder with lists. Default: the demo's photographs, in a temporary folder."""
     results: Path = Path("divergence.jsonl")
     """Where results are kept."""
     only: tuple[int, ...] = ()

@@ -41,10 +41,9 @@ class RunError(Exception):
     """
 
 
-DISK_ERRORS = frozenset(
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_ERRORS = FULL_DISK | frozenset(
     {
-        errno.ENOSPC,
-        errno.EDQUOT,
         errno.EFBIG,  # a limit on the size of files
         errno.EROFS,
         errno.EIO,
@@ -55,7 +54,7 @@ DISK_ERRORS = frozenset(
 
 def disk_error(error: OSError) -> str:
     """Format one of `DISK_ERRORS`: what the system says, the path, and the way out."""
-    way_out = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk"
+    way_out = "free some space" if error.errno in FULL_DISK else "check the disk"
     where = f": {error.filename}" if error.filename else ""
     return f"{error.strerror}{where}; {way_out} and start the same command again"
 

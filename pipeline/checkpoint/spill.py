@@ -20,7 +20,7 @@ from pipeline.checkpoint.pruning import begin_folder, make_way, remove_replaced,
 from pipeline.checkpoint.saving import require_space
 from pipeline.checkpoint_index import damage
 from pipeline.cli import UserError
-from pipeline.files import flush, reason, short_path, write_atomically
+from pipeline.files import flush, parse_json, reason, short_path, write_atomically
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
     MANIFEST_FILE,
@@ -138,7 +138,7 @@ def _clear(folder: Path) -> None:
 def _read(run_dir: Path) -> dict[str, int]:
     """Return folder -> step of the checkpoint that was last written there; 0 for none."""
     try:
-        record: Any = json.loads((run_dir / SPILL_FILE).read_text(encoding="utf-8"))
+        record: Any = parse_json((run_dir / SPILL_FILE).read_text(encoding="utf-8"))
         return {str(folder): int(step) for folder, step in record.items()}
     except FileNotFoundError:
         return {}

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.cli import RunError, UserError, bar_options
+from pipeline.cli import FULL_DISK, RunError, UserError, bar_options
 from pipeline.data.image_pixels import prepare_decoders
 from pipeline.files import reason, write_atomically
 from pipeline.inference import png
@@ -35,7 +35,6 @@ from pipeline.inference.tiles import Upscaler
 
 WRITERS = min(4, os.cpu_count() or 1)
 """Threads that encode and write results while the network runs."""
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 WAITING_BYTES = 256 << 20
 """Maximum size of the results that wait to be written, unless there is only one."""
 
@@ -247,7 +246,7 @@ def _recording_failure(job: UpscalingJob, reasons: dict[UpscalingJob, str]) -> I
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_DISK:
+        if error.errno in FULL_DISK | {errno.EROFS}:
             raise RunError(
                 f"{reason(error, job.target)}; the results so far are complete: make room there, "
                 "then run the same command with --skip-existing"

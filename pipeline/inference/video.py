@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from pipeline.cli import RunError, UserError, counted
+from pipeline.cli import FULL_DISK, RunError, UserError, counted
 from pipeline.data.videos import (
     CONTAINER_OPTIONS,
     PICTURES,
@@ -57,7 +56,6 @@ _MATRICES = {
     7: Colorspace.SMPTE240M,
     9: 9,  # BT.2020, which PyAV names from version 18 on
 }
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _DamagedError(Exception):
@@ -139,7 +137,7 @@ def upscale_video(
                 raise
             segments.become(result)
     except (OSError, av.FFmpegError) as error:
-        if error.errno in _FULL_DISK:
+        if error.errno in FULL_DISK:
             raise RunError(
                 f"{os.strerror(error.errno)}; free some space and run the same command again, "
                 "which continues where this one stopped"

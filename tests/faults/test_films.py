@@ -436,13 +436,7 @@ def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path, doubled, 
     result = tmp_path / "out.mkv"
     folder = tmp_path / ".out.mkv.segments"
     for name in (".000002.h264.tmp", "film"):  # while frames are encoded, and at the end
-        folder.mkdir(exist_ok=True)
-        (folder / "lock").touch()
-        (folder / name).symlink_to("/dev/full")
-        with pytest.raises(
-            RunError, match=r"^No space left on device; free some space and run the same"
-        ):
-            double(source, result)
+        meet_a_full_disk(source, result, folder / name)
         assert not result.exists()
         (folder / name).unlink()
     assert {"000000.h264", "000003.json"} < set(os.listdir(folder))
@@ -450,15 +444,22 @@ def test_a_full_disk_is_named_and_the_same_command_continues(tmp_path, doubled, 
     assert_same_film(result, whole)
 
 
+def meet_a_full_disk(source: Path, result: Path, place: Path) -> None:
+    """Upscale until `place`, in the folder of the segments, is written."""
+    place.parent.mkdir(exist_ok=True)
+    (place.parent / "lock").touch()
+    place.symlink_to("/dev/full")
+    with pytest.raises(
+        RunError, match=r"^No space left on device; free some space and run the same"
+    ):
+        double(source, result)
+
+
 @pytest.mark.parametrize("name", ["000001.h264", "000001.json", "000000.json"])
 def test_a_damaged_segment_is_made_again(tmp_path, doubled, restoring, name):
     source, whole = doubled
     result, folder = tmp_path / "out.mkv", tmp_path / ".out.mkv.segments"
-    folder.mkdir()
-    (folder / "lock").touch()
-    (folder / "film").symlink_to("/dev/full")
-    with pytest.raises(RunError):
-        double(source, result)
+    meet_a_full_disk(source, result, folder / "film")
     (folder / "film").unlink()
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 4
@@ -472,11 +473,7 @@ def test_a_source_that_decodes_differently_is_upscaled_as_a_whole(
 ):
     source, whole = doubled
     result, folder = tmp_path / "out.mkv", tmp_path / ".out.mkv.segments"
-    folder.mkdir()
-    (folder / "lock").touch()
-    (folder / ".000002.h264.tmp").symlink_to("/dev/full")
-    with pytest.raises(RunError):
-        double(source, result)
+    meet_a_full_disk(source, result, folder / ".000002.h264.tmp")
     entry = json.loads((folder / "000001.json").read_text())
     del entry["entry_sha256"]
     entry["frames"][2][1] += 1
