@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pipeline.data.degradations.base import Degradation, DegradationSpec
 from pipeline.data.degradations.bicubic import Bicubic
+from pipeline.data.degradations.chain import Chain
 from pipeline.data.degradations.gaussian import Gaussian
 from pipeline.data.degradations.paired import Paired
 from pipeline.data.degradations.realesrgan import RealEsrgan
@@ -16,6 +17,7 @@ KINDS: list[type[Degradation]] = [
     Gaussian,
     RealEsrgan,
     Paired,
+    Chain,
 ]
 
 

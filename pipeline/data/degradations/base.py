@@ -45,9 +45,13 @@ class Degradation:
     columns: tuple[str, ...] = ()  # names of a sample's arrays that the nodes need
     # Whether it has an `lr_on_host` that is faster on a CPU than the nodes.
     has_host_chain: ClassVar[bool] = False
+    has_nodes: ClassVar[bool] = True  # whether it has the nodes of `lr`
 
     def __init__(self, spec: Any, scale: int) -> None:
         self.spec, self.scale = spec, scale
+
+    def check(self) -> None:
+        """Raise `UserError` if this machine cannot do what the spec asks for."""
 
     @property
     def surroundings(self) -> int:

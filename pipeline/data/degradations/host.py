@@ -45,6 +45,10 @@ class Workspace:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, np.dtype[Any]], NDArray[Any]] = {}
+        self.seconds: dict[str, float] = {}  # time that each kind of step has taken so far
+
+    def took(self, step: str, seconds: float) -> None:
+        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
     def array(
         self,

@@ -1,0 +1,308 @@
+"""Degradations as a list of steps in the recipe, drawn anew for each sample.
+
+The list holds steps and groups, which may be nested:
+
+    steps:
+    - blur: {sigma: [0.2, 2.0], probability: 0.8}
+    - resize: {to: lr}
+    - one_of:                           # exactly one, with these probabilities
+      - {probability: 0.7, compress: {codec: jpeg, quality: [40, 90]}}
+      - {probability: 0.3, compress: {codec: webp, quality: [40, 90]}}
+    - sometimes: {probability: 0.2, steps: [sharpen, noise]}
+    - shuffle: [noise, blur]            # in random order
+
+What is drawn for a sample is a plain list of the steps that take place and their parameters. That
+list and the pixels determine the result, so any sample can be explained and made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.cli import nearest
+from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes, OnDevice
+from pipeline.data.degradations.steps import STEPS
+from pipeline.data.degradations.steps.base import NUMBERS, Canvas, Draws, Image, Parameters
+from pipeline.spec import Probability, Spec
+
+GROUPS = ("one_of", "sometimes", "shuffle")
+MAX_STEPS = 200  # in a chain, groups included
+
+
+def _item(value: Any) -> Any:
+    """Expand `blur` and `blur:` to `{blur: {}}`."""
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(
+            f"{_short(value)} is not a step; write one step or group per item, such as "
+            "`- blur: {sigma: 1.5}`"
+        )
+    name, section = str(next(iter(value))), next(iter(value.values()))
+    if name not in (*STEPS, *GROUPS):
+        raise ValueError(
+            f"no step named {name!r}{nearest(name, (*STEPS, *GROUPS))}; there are "
+            f"{', '.join((*STEPS, *GROUPS))}"
+        )
+    return {name: {} if section is None and name in STEPS else section}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _kind(value: Any) -> str:
+    return next(iter(value)) if isinstance(value, Mapping) else next(iter(type(value).model_fields))
+
+
+class Choice(Spec):
+    """One of the choices of `one_of`: a step or several, and its probability."""
+
+    probability: Probability | None = None
+    steps: tuple[Item, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_step(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return {"steps": value}
+        if isinstance(value, Mapping) and "steps" not in value:
+            rest = {name: section for name, section in value.items() if name != "probability"}
+            chance = {"probability": value["probability"]} if "probability" in value else {}
+            # `none` stands for a choice without any step.
+            return {**chance, "steps": [rest] if rest else []}
+        return {"steps": [] if value == "none" else [value]} if isinstance(value, str) else value
+
+
+class OneOf(Spec):
+    """Exactly one of several choices."""
+
+    one_of: tuple[Choice, ...] = Field(min_length=1)
+
+    @field_validator("one_of")
+    @classmethod
+    def _sum_to_one(cls, choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+        given = [choice.probability for choice in choices if choice.probability is not None]
+        if given and len(given) < len(choices):
+            raise ValueError("give the probability of every choice of one_of, or of none")
+        if given and abs(sum(given) - 1) > 1e-6:
+            raise ValueError(
+                f"the probabilities of one_of are {' + '.join(f'{p:g}' for p in given)} = "
+                f"{sum(given):g}; they must sum to 1 (a choice without steps does nothing: "
+                f"`{{probability: {max(0.0, 1 - sum(given)):g}, steps: []}}`)"
+            )
+        return choices
+
+
+class Some(Spec):
+    """Several steps that take place together or not at all."""
+
+    probability: Probability
+    steps: tuple[Item, ...] = Field(min_length=1)
+
+
+class Sometimes(Spec):
+    """A group of steps with a probability."""
+
+    sometimes: Some
+
+
+class Shuffle(Spec):
+    """Steps in random order."""
+
+    shuffle: tuple[Item, ...] = Field(min_length=1)
+
+
+def _step_model(name: str) -> type[Spec]:
+    return create_model(f"{name.title()}Step", __base__=Spec, **{name: (STEPS[name].Spec, ...)})  # type: ignore[call-overload, no-any-return]
+
+
+_ITEMS: dict[str, Any] = {
+    **{name: _step_model(name) for name in STEPS},
+    "one_of": OneOf,
+    "sometimes": Sometimes,
+    "shuffle": Shuffle,
+}
+Item = Annotated[
+    Union[tuple(Annotated[model, Tag(name)] for name, model in _ITEMS.items())],  # noqa: UP007
+    Discriminator(_kind),
+    BeforeValidator(_item),
+]
+for _model in (Choice, OneOf, Some, Sometimes, Shuffle):
+    _model.model_rebuild(_types_namespace={"Item": Item, "Choice": Choice, "Some": Some})
+
+
+class ChainSpec(DegradationSpec):
+    """LR by a list of steps."""
+
+    name: Literal["chain"] = "chain"
+    preset: str = Field("", description="name of the preset that the steps come from, for messages")
+    steps: tuple[Item, ...] = Field(
+        (), description="steps and groups (one_of, sometimes, shuffle), in order"
+    )
+    surroundings: int = Field(
+        64,
+        ge=0,
+        le=1024,
+        description="HR pixels degraded beyond the crop, so that blocks of codecs and borders fall "
+        "anywhere in it",
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _bounded(cls, steps: tuple[Any, ...]) -> tuple[Any, ...]:
+        count = sum(1 for _ in _walk(steps))
+        if count > MAX_STEPS:
+            raise ValueError(f"{count} steps and groups; at most {MAX_STEPS} are allowed")
+        return steps
+
+
+def _walk(items: Sequence[Any]) -> Iterator[Any]:
+    """Yield all steps and groups in the order in which they are written."""
+    for item in items:
+        yield item
+        if isinstance(item, OneOf):
+            for choice in item.one_of:
+                yield from _walk(choice.steps)
+        elif isinstance(item, Sometimes):
+            yield from _walk(item.sometimes.steps)
+        elif isinstance(item, Shuffle):
+            yield from _walk(item.shuffle)
+
+
+class Chain(Degradation):
+    """A list of steps, run by threads of the host."""
+
+    Spec = ChainSpec
+    has_host_chain = True
+    has_nodes = False
+    spec: ChainSpec
+
+    def __init__(self, spec: ChainSpec, scale: int) -> None:
+        super().__init__(spec, scale)
+        # Each step and group has random numbers of its own, by its position in the recipe. What is
+        # drawn for one does not depend on how many numbers the others use.
+        self._numbers = {id(item): i for i, item in enumerate(_walk(spec.steps))}
+
+    def check(self) -> None:
+        for item in _walk(self.spec.steps):
+            name = _kind(item)
+            if name in STEPS:
+                STEPS[name].check(getattr(item, name))
+
+    @property
+    def surroundings(self) -> int:
+        return self.spec.surroundings // self.scale * self.scale
+
+    def place(self, randoms: Iterator[float]) -> tuple[int, int]:
+        places = self.surroundings // self.scale + 1
+        return int(next(randoms) * places) * self.scale, int(next(randoms) * places) * self.scale
+
+    def draw(self, randoms: Iterator[float], height: int, width: int) -> Parameters:
+        halves = [int(next(randoms) * 2**32) for _ in range(4)]
+        key = [halves[0] << 32 | halves[1], halves[2] << 32 | halves[3]]
+        count = len(self._numbers)
+        words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(
+            max(1, count) * NUMBERS // 2
+        )
+        rows = (words.view("<u4").astype(np.float64) * 2.0**-32).reshape(-1, NUMBERS)
+        canvas = Canvas((height, width), (height, width), self.scale)
+        steps: list[Parameters] = []
+        self._draw(self.spec.steps, rows, canvas, steps)
+        if canvas.size != canvas.lr:
+            # Whatever the steps did to the size, LR has the region's size divided by the scale.
+            steps.append({"step": "resize", "kind": "cubic_antialiased", "size": list(canvas.lr)})
+        return {"region": [height, width], "steps": steps}
+
+    def _draw(
+        self,
+        items: Sequence[Any],
+        rows: NDArray[np.float64],
+        canvas: Canvas,
+        steps: list[Parameters],
+    ) -> None:
+        """Append what is drawn for `items` to `steps`, and follow the size in `canvas`."""
+        for item in items:
+            draws = Draws(iter(rows[self._numbers[id(item)]].tolist()))
+            if isinstance(item, OneOf):
+                chances = {
+                    str(i): 1.0 if choice.probability is None else choice.probability
+                    for i, choice in enumerate(item.one_of)
+                }
+                chosen = item.one_of[int(draws.choose(chances))]
+                self._draw(chosen.steps, rows, canvas, steps)
+            elif isinstance(item, Sometimes):
+                if draws.chance(item.sometimes.probability):
+                    self._draw(item.sometimes.steps, rows, canvas, steps)
+            elif isinstance(item, Shuffle):
+                order = sorted(item.shuffle, key=lambda _: draws.uniform())
+                self._draw(order, rows, canvas, steps)
+            else:
+                name = _kind(item)
+                spec = getattr(item, name)
+                if draws.chance(spec.probability):
+                    drawn = STEPS[name].draw(spec, draws, canvas)
+                    canvas.size = tuple(drawn.get("size", canvas.size))
+                    steps.append({"step": name, **drawn})
+
+    def lr(
+        self,
+        nodes: Nodes,
+        region: Any,
+        size: tuple[int, int],
+        on_device: OnDevice,
+        *,
+        as_float: bool,
+    ) -> Any:
+        raise NotImplementedError("a chain runs on the host")
+
+    def lr_on_host(
+        self,
+        parameters: Parameters,
+        keys: Sequence[int],
+        region: NDArray[Any],
+        start: tuple[int, int],
+        size: tuple[int, int],
+        workspace: Any,
+    ) -> NDArray[Any]:
+        from pipeline.data.degradations import host
+
+        lr = run(region, parameters["steps"], workspace)
+        (top, left), (height, width) = (
+            [side // self.scale for side in place] for place in (start, size)
+        )
+        part = np.ascontiguousarray(lr[top : top + height, left : left + width])
+        return host.rounded(part, workspace)
+
+
+def run(image: Image, steps: Sequence[Parameters], workspace: Any) -> Image:
+    """Apply drawn steps to an image, one after another: see `steps.base` for images.
+
+    The seconds that each kind of step took are added to `workspace.seconds`.
+    """
+    for drawn in steps:
+        began = time.perf_counter()
+        image = STEPS[drawn["step"]].apply(image, drawn, workspace)
+        workspace.took(label(drawn), time.perf_counter() - began)
+    return image
+
+
+def label(drawn: Mapping[str, Any]) -> str:
+    """Return a step's name with its kind: `compress(webp)`."""
+    kind = drawn.get("codec") or drawn.get("kind")
+    return f"{drawn['step']}({kind})" if kind else drawn["step"]

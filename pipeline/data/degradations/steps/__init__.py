@@ -1,0 +1,11 @@
+"""The steps of degradation chains: one file per step, one row in `STEPS`."""
+
+from __future__ import annotations
+
+from pipeline.data.degradations.steps import blur, noise
+from pipeline.data.degradations.steps.base import Step
+
+STEPS: dict[str, Step] = {
+    "blur": Step(blur.BlurSpec, blur.draw, blur.apply),
+    "noise": Step(noise.NoiseSpec, noise.draw, noise.apply),
+}

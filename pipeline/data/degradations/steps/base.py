@@ -1,0 +1,146 @@
+"""Base of all steps of a degradation chain: what a recipe says of a step, and its random numbers.
+
+A step is one file with three parts, and one row in `STEPS`:
+
+- a `StepSpec` with its probability and ranges, which is its section of a recipe;
+- `draw(spec, draws, canvas)` returns what was drawn for one sample, as JSON can represent it;
+- `apply(image, drawn, workspace)` changes an image as was drawn. It is a pure function: what was
+  drawn holds everything that it needs, seeds of noise included.
+
+Images are (height, width, 3) RGB in levels 0..255, C-contiguous, as uint8 or as float32 that is
+neither clipped nor rounded; `levels` and `host.rounded` convert. A step may overwrite a float32
+image but not a uint8 one. Its result may be in memory of `workspace`, valid until the workspace is
+used for the same purpose again. Steps run in a pool of threads, so they keep no state and should
+release the GIL in what takes long. The libraries that they use are imported in functions, because
+launchers read the specs.
+
+A pixel's place is kept: pixel (i, j) of the result shows what was at ((i + 0.5) / height, (j + 0.5)
+/ width) of the image before, except where the step is there to move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
+
+from pipeline.cli import nearest
+from pipeline.spec import Probability, Spec
+
+Image = NDArray[Any]
+Parameters = dict[str, Any]
+"""The random choices for a sample: names, numbers and lists or tables of these, as JSON allows."""
+
+NUMBERS = 64  # uniform random numbers per step and sample
+
+
+class StepSpec(Spec):
+    """Base of all steps' sections of a recipe."""
+
+    probability: Probability = Field(1.0, description="probability of the step")
+
+
+@dataclass
+class Canvas:
+    """Sizes (height, width) in pixels that a step may need to draw its parameters."""
+
+    size: tuple[int, int]  # of the image that the step gets
+    hr: tuple[int, int]  # of the region of HR that is degraded
+    scale: int
+
+    @property
+    def lr(self) -> tuple[int, int]:
+        """Size that the region has in LR."""
+        return self.hr[0] // self.scale, self.hr[1] // self.scale
+
+
+class Draws:
+    """The uniform random numbers of one step for one sample; at most `NUMBERS` can be drawn."""
+
+    def __init__(self, numbers: Iterator[float]) -> None:
+        self._numbers = numbers
+
+    def uniform(self) -> float:
+        """Return a number in [0, 1), a multiple of 2^-32."""
+        return next(self._numbers)
+
+    def between(self, bounds: tuple[float, float]) -> float:
+        """Return a number in [low, high), uniformly distributed."""
+        return bounds[0] + (bounds[1] - bounds[0]) * self.uniform()
+
+    def integer(self, bounds: tuple[float, float]) -> int:
+        """Return an integer of low..high, both included, all equally likely."""
+        low, high = round(bounds[0]), round(bounds[1])
+        return low + int(self.uniform() * (high - low + 1))
+
+    def chance(self, probability: float) -> bool:
+        return self.uniform() < probability
+
+    def choose(self, shares: Mapping[str, float]) -> str:
+        """Return one of the names, each with a probability in proportion to its share."""
+        target = self.uniform() * sum(shares.values())
+        for name, share in shares.items():
+            target -= share
+            if target < 0:
+                return name
+        return next(name for name in reversed(shares) if shares[name])
+
+    def words(self) -> list[int]:
+        """Return the seed of a random field: two words of 64 bits."""
+        halves = [int(self.uniform() * 2**32) for _ in range(4)]
+        return [halves[0] << 32 | halves[1], halves[2] << 32 | halves[3]]
+
+
+class Step(NamedTuple):
+    """A row of `STEPS`."""
+
+    Spec: type[StepSpec]
+    draw: Callable[[Any, Draws, Canvas], Parameters]
+    """What was drawn; where the size of the image changes, `size` is the new one."""
+    apply: Callable[[Image, Parameters, Any], Image]
+    check: Callable[[Any], None] = lambda spec: None
+    """Raises `UserError` if this machine cannot do what the spec asks for."""
+
+
+def shares_of(*names: str) -> Any:
+    """Return the type of a table of relative probabilities, `{name: share}`, of these names.
+
+    In a recipe, a name alone stands for itself with the whole probability, and a list of names for
+    equal shares. Shares are at least 0 and need not sum to 1; names that are left out have none.
+    """
+    from pydantic import BeforeValidator
+
+    def table(value: Any) -> Any:
+        # YAML reads a name such as 420 as a number.
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return {str(value): 1.0}
+        if isinstance(value, list | tuple):
+            return {str(name): 1.0 for name in value}
+        if isinstance(value, Mapping):
+            return {str(name): share for name, share in value.items()}
+        return value
+
+    def check(shares: dict[str, float]) -> dict[str, float]:
+        for name in shares:
+            if name not in names:
+                raise ValueError(
+                    f"no kind named {name!r}{nearest(name, names)}; there are {', '.join(names)}"
+                )
+        if not sum(shares.values()) > 0:
+            raise ValueError(f"at least one of {', '.join(names)} needs a share above 0")
+        return shares
+
+    return Annotated[
+        dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]],
+        BeforeValidator(table),
+        AfterValidator(check),
+    ]
+
+
+def levels(image: Image) -> NDArray[np.float32]:
+    """Return `image` as float32 levels that may be overwritten."""
+    return image if image.dtype == np.float32 else image.astype(np.float32)
