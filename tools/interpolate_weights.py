@@ -157,10 +157,10 @@ def _all_params(saved: SavedNetwork) -> dict[str, Any]:
         if parameter.name != "scale" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
     if saved.name == "spandrel":
-        from pipeline.models.spandrel import DEFAULTS, class_of, defaults_of, plain
+        from pipeline.models.spandrel import class_of, plain, usual_arguments
 
         arch = saved.params["arch"]
-        own = {**defaults_of(class_of(arch, saved.scale)), **DEFAULTS.get(arch, {})}
+        own = usual_arguments(class_of(arch, saved.scale), arch, saved.scale)
         defaults |= {
             name: plain(value)
             for name, value in own.items()

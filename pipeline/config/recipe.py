@@ -209,7 +209,11 @@ class Recipe(Spec):
     name: str = Field(
         pattern=r"^[A-Za-z0-9._-]+$", description="names the run folder and exported files"
     )
-    scale: int = Field(ge=2, le=8, description="upscaling factor of height and width")
+    scale: int = Field(
+        ge=1,
+        le=8,
+        description="upscaling factor of height and width; 1: restore without enlarging",
+    )
     stage: str = Field(
         "", pattern=r"^[A-Za-z0-9_-]*$", description="which of the recipe's stages this is"
     )

@@ -52,7 +52,7 @@ class GeneratorArchitecture(Architecture):
             self._network(scale=scale, **params).eval(),
             tensors,
             architecture=self,
-            purpose="SR",
+            purpose="Restoration" if scale == 1 else "SR",
             tags=[f"{params['num_features']}nf", f"{params['num_blocks']}nb"],
             supports_half=True,
             supports_bfloat16=True,

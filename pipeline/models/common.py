@@ -65,19 +65,22 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise over the trailing dimensions; shape and dtype stay the same."""
-        if (
-            features.device.type != "cpu"
-            or features.dtype != torch.bfloat16
-            or not torch.is_grad_enabled()
-        ):
-            return super().forward(features)
-        with torch.autocast("cpu", enabled=False):
-            weight, bias = (
-                None if value is None else value.float() for value in (self.weight, self.bias)
-            )
-            return F.layer_norm(
-                features.float(), self.normalized_shape, weight, bias, self.eps
-            ).bfloat16()
+        return layer_norm(features, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def layer_norm(
+    features: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise over the trailing dimensions `shape`, as `LayerNorm` does."""
+    if (
+        features.device.type != "cpu"
+        or features.dtype != torch.bfloat16
+        or not torch.is_grad_enabled()
+    ):
+        return F.layer_norm(features, shape, weight, bias, eps)
+    with torch.autocast("cpu", enabled=False):
+        weight, bias = (None if value is None else value.float() for value in (weight, bias))
+        return F.layer_norm(features.float(), shape, weight, bias, eps).bfloat16()
 
 
 def checkpoint_activations(network: nn.Module) -> int:
@@ -124,8 +127,13 @@ def initialise(modules: Iterable[nn.Module], factor: float) -> None:
 def check_scale(scale: int, scales: Sequence[int]) -> None:
     """Raise `ValueError` unless `scale` is one of `scales`."""
     if not isinstance(scale, int) or isinstance(scale, bool) or scale not in scales:
-        listed = f"{', '.join(map(str, scales[:-1]))} and {scales[-1]}"
-        raise ValueError(f"scale {scale!r} is not one of {listed}")
+        raise ValueError(f"scale {scale!r} is not one of {listed(scales)}")
+
+
+def listed(scales: Sequence[int]) -> str:
+    """Format scales for messages, e.g. "2, 3 and 4"."""
+    first = ", ".join(map(str, scales[:-1]))
+    return f"{first} and {scales[-1]}" if first else str(scales[-1])
 
 
 def check_sizes(**sizes: int) -> None:

@@ -25,7 +25,7 @@ from pipeline.models.common import (
     has_convolutions,
 )
 
-SCALES = (2, 3, 4)
+SCALES = (1, 2, 3, 4)
 ACTIVATIONS = ("prelu", "relu", "leakyrelu")
 SLOPE = 0.25  # initial slope of PReLU below zero
 
@@ -33,12 +33,14 @@ SLOPE = 0.25  # initial slope of PReLU below zero
 class SRVGGNetCompact(nn.Module):
     """3x3 convolutions at LR size, one pixel shuffle, and the nearest-neighbour upscale added.
 
+    At x1 there is no pixel shuffle, and the input itself is added.
+
     The defaults (621,424 parameters at x4) are those of realesr-animevideov3; realesr-general-x4v3
     has 32 convolutions. Other programs recognise such files only with PReLU, since the tensors do
     not reveal which of the other two activations was used; `recognise` does the same.
 
     Args:
-        scale: 2, 3 or 4.
+        scale: 1, 2, 3 or 4.
         num_features: channels between the convolutions.
         num_conv: convolutions between the first and the last one.
         activation: "prelu" (one slope per channel), "relu" or "leakyrelu" (slope 0.1).
@@ -95,6 +97,8 @@ class SRVGGNetCompact(nn.Module):
         is not clamped (`images.to_bytes` does that).
         """
         lr = unit_range(images, self.body[0].weight.dtype)
+        if self.scale == 1:
+            return self.body(lr) + lr
         return F.pixel_shuffle(self.body(lr), self.scale) + F.interpolate(
             lr, scale_factor=self.scale, mode="nearest"
         )

@@ -26,20 +26,30 @@ from pipeline.models.common import (
 )
 from pipeline.models.vapsr import bicubic_kernel, cubic_upscale
 
-SCALES = (2, 3, 4)
+SCALES = (1, 2, 3, 4)
+PARTS = {
+    "conv_first",
+    "body",
+    "upconv1",
+    "upconv2",
+    "conv_hr",
+    "conv_last",
+    "residual_kernel",
+}
 RESIDUALS = ("bicubic", "bilinear")
 SLOPE = 0.1
 
 
 class MSRResNet(nn.Module):
-    """MSRResNet for RGB images, x2, x3 or x4. The defaults have 1,517,571 parameters at x4.
+    """MSRResNet for RGB images, x1 to x4. The defaults have 1,517,571 parameters at x4.
 
     Args:
-        scale: 2, 3 or 4.
+        scale: 1, 2, 3 or 4. At x1 there is no upsampler.
         num_features: channels between the blocks.
         num_blocks: number of residual blocks.
         global_residual: the interpolation of the input that is added to the output. "bilinear" is
-            that of BasicSR's files; "bicubic" is closer to HR, which leaves less to learn.
+            that of BasicSR's files; "bicubic" is closer to HR, which leaves less to learn. At x1,
+            both are the input itself.
 
     Raises:
         ValueError: an argument has an unsupported value.
@@ -62,7 +72,9 @@ class MSRResNet(nn.Module):
         self.body = nn.Sequential(*(ResidualBlock(num_features) for _ in range(num_blocks)))
         step = 2 if scale == 4 else scale
         self.pixel_shuffle = nn.PixelShuffle(step)
-        self.upconv1 = nn.Conv2d(num_features, num_features * step**2, 3, padding=1)
+        self.upconv1 = (
+            nn.Conv2d(num_features, num_features * step**2, 3, padding=1) if scale > 1 else None
+        )
         self.upconv2 = (
             nn.Conv2d(num_features, num_features * step**2, 3, padding=1) if scale == 4 else None
         )
@@ -94,12 +106,14 @@ class MSRResNet(nn.Module):
         """
         lr = unit_range(images, self.conv_first.weight.dtype)
         features = self.body(F.leaky_relu(self.conv_first(lr), SLOPE))
-        features = F.leaky_relu(self.pixel_shuffle(self.upconv1(features)), SLOPE)
-        if self.upconv2 is not None:
-            features = F.leaky_relu(self.pixel_shuffle(self.upconv2(features)), SLOPE)
+        for stage in (self.upconv1, self.upconv2):
+            if stage is not None:
+                features = F.leaky_relu(self.pixel_shuffle(stage(features)), SLOPE)
         return self.conv_last(F.leaky_relu(self.conv_hr(features), SLOPE)) + self._interpolated(lr)
 
     def _interpolated(self, lr: Tensor) -> Tensor:
+        if self.scale == 1:
+            return lr
         if self.residual_kernel is not None:
             return cubic_upscale(lr, self.residual_kernel, self.scale)
         return F.interpolate(lr, scale_factor=self.scale, mode="bilinear", align_corners=False)
@@ -113,16 +127,19 @@ class MSRResNet(nn.Module):
                 "conv_first.weight",
                 "body.0.conv1.weight",
                 "body.0.conv2.weight",
-                "upconv1.weight",
                 "conv_hr.weight",
                 "conv_last.weight",
             ),
         ):
             return None
         num_features = shapes["conv_first.weight"][0]
-        step = {4: 2, 9: 3}.get(shapes["upconv1.weight"][0] / num_features)
+        stage = shapes.get("upconv1.weight", (num_features,))
+        step = {1: 1, 4: 2, 9: 3}.get(stage[0] / num_features)
         scale = 4 if "upconv2.weight" in shapes else step
-        if step is None or (scale == 4 and step != 2):
+        if step is None or (scale == 4 and step != 2) or (step == 1 and "upconv1.weight" in shapes):
+            return None
+        # At x1, nothing but the missing upconv1 tells it from a network with another upsampler.
+        if not {name.split(".")[0] for name in shapes} <= PARTS:
             return None
         return scale, {
             "num_features": num_features,

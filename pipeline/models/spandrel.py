@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from pipeline.cli import UserError, nearest, one_line
 from pipeline.images import unit_range
 from pipeline.libraries import import_torchvision
-from pipeline.models.common import COLOURS, BatchNorm2d, LayerNorm, check_sizes
+from pipeline.models.common import (
+    COLOURS,
+    BatchNorm2d,
+    LayerNorm,
+    check_sizes,
+    layer_norm,
+    listed,
+)
 from pipeline.models.depthwise import DepthwiseConv2d, is_wrong_in_bf16
 
 # The spandrel architectures that can be trained here: their classes and their peculiarities.
@@ -45,6 +52,7 @@ ARCHITECTURES = (
     "HAT",
     "MoESR",
     "MoSR",
+    "NAFNet",
     "OmniSR",
     "PLKSR",
     "RCAN",
@@ -52,6 +60,7 @@ ARCHITECTURES = (
     "RealCUGAN",
     "RealPLKSR",
     "SAFMN",
+    "SCUNet",
     "SPAN",
     "SeemoRe",
     "SwiftSRGAN",
@@ -66,6 +75,8 @@ REFUSED = {
     "IPT": "it accepts only patches of one size",
     "MMRealSR": "it needs images whose degradation is known",
 }
+SCALES = {"NAFNet": (1,), "RealCUGAN": (2, 3, 4), "SCUNet": (1,)}
+"""The scales of architectures that do not support all from 1 to 8."""
 SCALE_PARAMETERS = ("scale", "upscale", "up_scale", "upscale_factor", "upscaling_factor")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ATD": {"upsampler": "pixelshuffle"},
@@ -79,6 +90,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "anchor_window_down_factor": 4,
     },
     "HAT": {"window_size": 16},
+    # Its authors' network of width 32 for noise (SIDD); the class itself has no blocks.
+    "NAFNet": {
+        "width": 32,
+        "middle_blk_num": 12,
+        "enc_blk_nums": [2, 2, 4, 8],
+        "dec_blk_nums": [2, 2, 2, 2],
+    },
     "SAFMN": {"dim": 36},
     # With its norm, SPAN works on values up to 255 * (1 - mean), and its first images are noise of
     # that magnitude.
@@ -87,6 +105,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SwinIR": {"upsampler": "pixelshuffle", "window_size": 8},
 }
 """Parameters without a default in the class, or with one that cannot learn to upscale."""
+DEFAULTS_AT_X1: dict[str, dict[str, Any]] = {
+    "ATD": {"upsampler": ""},
+    "DRCT": {"upsampler": ""},
+    "GRL": {"upsampler": "", "window_size": 8, "stripe_size": [8, 8]},
+    "RCAN": {"unshuffle_mod": True},
+    "Swin2SR": {"upsampler": ""},
+    "SwinIR": {"upsampler": ""},
+}
+"""The same at scale 1: no upsampler, as in the authors' networks that restore, or unshuffling."""
 CONSTANT = {
     "FDAT": r"\.blocks\.\d*[02468]\.inter\.sg\.|\.blocks\.\d*[13579]\.inter\.cg\.",
     "RCAN": r"^(sub|add)_mean\.",
@@ -122,11 +149,11 @@ def class_of(arch: str, scale: int) -> type[nn.Module]:
         raise ValueError(f"arch {arch!r} is not supported: {REFUSED[arch]}")
     if arch not in ARCHITECTURES:
         raise ValueError(f"no arch {arch!r}{nearest(arch, ARCHITECTURES)}")
-    if not isinstance(scale, int) or isinstance(scale, bool) or not 2 <= scale <= 8:
-        raise ValueError(f"scale {scale!r} is not a whole number from 2 to 8")
+    if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 8:
+        raise ValueError(f"scale {scale!r} is not a whole number from 1 to 8")
+    if scale not in (scales := SCALES.get(arch, (scale,))):
+        raise ValueError(f"arch {arch!r} does not support scale {scale}, only {listed(scales)}")
     if arch == "RealCUGAN":
-        if scale > 4:
-            raise ValueError(f"arch 'RealCUGAN' does not support scale {scale}, only 2, 3 and 4")
         return getattr(_module(arch), f"UpCunet{scale}x")
     return getattr(_module(arch), arch)
 
@@ -189,7 +216,25 @@ def routing(layer: type[nn.Module]) -> type[nn.Module]:
     return RoutingLayer
 
 
-REPLACED_CLASSES = {("SPAN", "Conv3XC"): folding, ("SeemoRe", "MoELayer"): routing}
+@functools.cache
+def normalising(norm: type[nn.Module]) -> type[nn.Module]:
+    """Return NAFNet's `LayerNorm2d` without its own backward pass, which cannot be compiled."""
+
+    class ChannelNorm(norm):
+        def forward(self, features: Tensor) -> Tensor:
+            shape = (features.shape[1],)
+            return layer_norm(
+                features.permute(0, 2, 3, 1), shape, self.weight, self.bias, self.eps
+            ).permute(0, 3, 1, 2)
+
+    return ChannelNorm
+
+
+REPLACED_CLASSES = {
+    ("NAFNet", "LayerNorm2d"): normalising,
+    ("SPAN", "Conv3XC"): folding,
+    ("SeemoRe", "MoELayer"): routing,
+}
 """(architecture, class) -> function that returns an equivalent, more capable class."""
 
 
@@ -206,6 +251,15 @@ def defaults_of(architecture: type[nn.Module]) -> dict[str, Any]:
     }
 
 
+def usual_arguments(architecture: type[nn.Module], arch: str, scale: int) -> dict[str, Any]:
+    """Return the parameters of a class with the defaults that `SpandrelNetwork` uses."""
+    return {**defaults_of(architecture), **_own_defaults(arch, scale)}
+
+
+def _own_defaults(arch: str, scale: int) -> dict[str, Any]:
+    return {**DEFAULTS.get(arch, {}), **(DEFAULTS_AT_X1.get(arch, {}) if scale == 1 else {})}
+
+
 def arguments_of(
     architecture: type[nn.Module], arch: str, scale: int, params: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -219,7 +273,7 @@ def arguments_of(
     for name in params:
         if name not in known:
             raise ValueError(f"arch {arch!r} has no parameter {name!r}{nearest(name, known)}")
-    arguments = {**DEFAULTS.get(arch, {}), **params}
+    arguments = {**_own_defaults(arch, scale), **params}
     # A network that unshuffles its input must upscale by that much more.
     factor = (
         arguments.get({"ESRGAN": "shuffle_factor", "SwinIR": "start_unshuffle"}.get(arch, "")) or 1
@@ -278,13 +332,12 @@ def read_tensors(
     if arch not in ARCHITECTURES:
         raise ValueError(
             f"holds spandrel's {arch}, which is not supported: "
-            f"{REFUSED.get(arch, 'it does not upscale photographs')}"
+            f"{REFUSED.get(arch, 'it is not one of those that can be trained here')}"
         )
-    if found.scale == 1 or (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
+    if (found.input_channels, found.output_channels) != (COLOURS, COLOURS):
         raise ValueError(
             f"holds spandrel's {arch}, scale {found.scale}, with {found.input_channels} input and "
-            f"{found.output_channels} output channels; only scales from 2 and {COLOURS} channels "
-            "are supported"
+            f"{found.output_channels} output channels; only {COLOURS} channels are supported"
         )
     if type(model) is not class_of(arch, found.scale):
         raise ValueError(
@@ -297,7 +350,7 @@ def read_tensors(
                 f"holds spandrel's {arch}, but its tensor {name!r} is {tensor.dtype}; save the "
                 "weights as floating-point numbers"
             )
-    usual = {**defaults_of(type(model)), **DEFAULTS.get(arch, {})}
+    usual = usual_arguments(type(model), arch, found.scale)
     params = {
         name: plain(value)
         for name, value in model.hyperparameters.items()
@@ -358,9 +411,8 @@ def compare(network: nn.Module, found: Any, scale: int, size: tuple[int, int]) -
             f"pixels ({one_line(error)})"
         ) from error
     if found.scale != scale or ours.shape != (1, COLOURS, height * scale, width * scale):
-        raise ValueError(
-            f"with these parameters {arch!r} does not upscale by {scale}; choose its upsampler"
-        )
+        size = "changes the size" if scale == 1 else f"does not upscale by {scale}"
+        raise ValueError(f"with these parameters {arch!r} {size}; choose its upsampler")
     is_same = (
         ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
     )

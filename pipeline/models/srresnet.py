@@ -27,16 +27,17 @@ from pipeline.models.common import (
     initialise,
 )
 
-SCALES = (2, 4, 8)
+SCALES = (1, 2, 4, 8)
+PARTS = {"conv1", "trunk", "conv2", "upsampling", "conv3"}
 
 
 class SRResNet(nn.Module):
-    """SRResNet for RGB images, x2, x4 or x8; the paper's by default (1,547,350 parameters at x4).
+    """SRResNet for RGB images, x1 to x8; the paper's by default (1,547,350 parameters at x4).
 
     The paper's HR images are in [-1, 1]; those of this network are in [0, 1].
 
     Args:
-        scale: 2, 4 or 8, with one x2 pixel-shuffle stage per doubling.
+        scale: 1, 2, 4 or 8, with one x2 pixel-shuffle stage per doubling, so none at x1.
         num_features: channels between the blocks.
         num_blocks: number of residual blocks, which do not share weights.
 
@@ -69,7 +70,7 @@ class SRResNet(nn.Module):
         """
         # conv1: 4; each block: 2; conv2: 1. conv3 reaches 4 HR pixels, which becomes 3 LR pixels
         # after halving and adding 1 at each stage.
-        return 4 + 2 * len(self.trunk) + 1 + 3
+        return 4 + 2 * len(self.trunk) + 1 + (3 if len(self.upsampling) else 4)
 
     def forward(self, images: Tensor) -> Tensor:
         """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
@@ -96,15 +97,17 @@ class SRResNet(nn.Module):
     @staticmethod
     def recognise(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]] | None:
         """Return (scale, other arguments) of the `SRResNet` with these tensors, or `None`."""
-        stage = "upsampling.0.upsample_block.0.weight"
         if not has_convolutions(
-            shapes,
-            ("conv1.0.weight", "trunk.0.rcb.0.weight", "conv2.0.weight", stage, "conv3.weight"),
+            shapes, ("conv1.0.weight", "trunk.0.rcb.0.weight", "conv2.0.weight", "conv3.weight")
         ):
             return None
         num_features = shapes["conv1.0.weight"][0]
         scale = 2 ** count_blocks(shapes, "upsampling")
-        if scale not in SCALES or shapes[stage][0] != 4 * num_features:
+        stage = shapes.get("upsampling.0.upsample_block.0.weight", ())
+        if scale not in SCALES or (scale > 1 and stage[:1] != (4 * num_features,)):
+            return None
+        # At x1, nothing but the missing stages tells it from a network with another upsampler.
+        if not {name.split(".")[0] for name in shapes} <= PARTS:
             return None
         return scale, {"num_features": num_features, "num_blocks": count_blocks(shapes, "trunk")}
 

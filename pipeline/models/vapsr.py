@@ -18,19 +18,19 @@ from pipeline.images import unit_range
 from pipeline.models.common import COLOURS, LayerNorm, check_sizes
 from pipeline.models.depthwise import same_size
 
-SCALES = (2, 3, 4)
+SCALES = (1, 2, 3, 4)
 RESIDUALS = ("none", "bicubic")
 VALUE_RANGES = ("unit", "signed")
 
 
 class VapSR(nn.Module):
-    """VapSR for RGB images, x2, x3 or x4. The defaults are the paper's (342,220 parameters at x4).
+    """VapSR for RGB images, x1 to x4. The defaults are the paper's (342,220 parameters at x4).
 
     VapSR-S, the paper's small one, is `num_features=32, num_blocks=11, conv_groups=2` (154,956
     parameters at x4).
 
     Args:
-        scale: 2, 3 or 4.
+        scale: 1, 2, 3 or 4. At x1, one convolution takes the place of the upsampler.
         num_features: channels between the blocks.
         num_attention_features: channels within the attention.
         num_blocks: number of attention blocks; each extends the reach by 8 LR pixels on every side.
@@ -39,10 +39,10 @@ class VapSR(nn.Module):
             for a larger reach (VapSR-3x3).
         upsampler_features: channels of the upsampler's first convolution. `None` is 64 at x4 (as in
             the released file) and 56 at x2 and x3 (the released files' width from memory; files
-            with another width load as well).
+            with another width load as well). x1 has none.
         global_residual: "bicubic" adds the cubic upscale of the input to the output, so that the
             network learns only the difference and training starts at bicubic quality; "none" is the
-            paper's.
+            paper's. At x1, the input itself is added.
         value_range: the range that the convolutions work on: "unit" is [0, 1] as in the paper,
             "signed" is [-1, 1]. The network's input and output are in [0, 1] either way.
 
@@ -64,6 +64,10 @@ class VapSR(nn.Module):
         value_range: str = "unit",
     ) -> None:
         super().__init__()
+        if scale == 1 and upsampler_features is not None:
+            raise ValueError(
+                f"upsampler_features {upsampler_features!r}: x1 has no upsampler; omit it"
+            )
         if upsampler_features is None:
             upsampler_features = 64 if scale == 4 else 56
         _check_sizes(
@@ -101,10 +105,11 @@ class VapSR(nn.Module):
 
         Tiles that overlap by this much join without seams.
         """
-        # conv_first, conv_body and the upsampler's two convolutions (the second at LR size or
-        # larger): 1 each. A block: 2 (depthwise) + 6 (dilated) + the projection.
+        # conv_first, conv_body and the upsampler's convolutions, one at x1 and otherwise two (the
+        # second at LR size or larger): 1 each. A block: 2 (depthwise) + 6 (dilated) + the
+        # projection.
         projection = self.body[0].proj_1.kernel_size[0] // 2
-        return 4 + len(self.body) * (2 + 6 + projection)
+        return (3 if self.scale == 1 else 4) + len(self.body) * (2 + 6 + projection)
 
     def forward(self, images: Tensor) -> Tensor:
         """Upscale NCHW RGB, uint8 0..255 or float in [0, 1].
@@ -139,8 +144,12 @@ class VapSR(nn.Module):
         )
         if any(len(shapes.get(name, ())) != 4 for name in signature):
             return None
-        last = shapes.get("upsampler.3.weight") or shapes.get("upsampler.2.weight")
-        scale = 4 if "upsampler.3.weight" in shapes else {12: 2, 27: 3}.get(last[0] if last else 0)
+        if "upsampler.3.weight" in shapes:
+            scale = 4
+        elif last := shapes.get("upsampler.2.weight"):
+            scale = {12: 2, 27: 3}.get(last[0])
+        else:
+            scale = {COLOURS: 1}.get(shapes["upsampler.0.weight"][0])
         if scale is None:
             return None
         num_attention_features, num_features, projection_kernel = shapes["body.0.proj_1.weight"][:3]
@@ -152,7 +161,7 @@ class VapSR(nn.Module):
             "num_blocks": len(blocks),
             "conv_groups": num_features // max(1, shapes["conv_body.weight"][1]),
             "projection_kernel": projection_kernel,
-            "upsampler_features": shapes["upsampler.0.weight"][0],
+            "upsampler_features": None if scale == 1 else shapes["upsampler.0.weight"][0],
             "global_residual": "bicubic" if has_residual else "none",
             "value_range": "signed" if projection_kernel == 3 and not has_residual else "unit",
         }
@@ -232,8 +241,10 @@ def bicubic_kernel(scale: int) -> Tensor:
     """Return the cubic (Keys, a = -0.5) upscale as one depthwise kernel, (3*scale**2, 1, 5, 5).
 
     Each of the scale**2 positions within an LR pixel has its own 5x5 taps, in the order of
-    `pixel_shuffle`. The dtype is float32.
+    `pixel_shuffle`. The dtype is float32. At scale 1, the only tap is 1, (3, 1, 1, 1).
     """
+    if scale == 1:
+        return torch.ones(COLOURS, 1, 1, 1)
     # The centre of HR pixel p of LR pixel 0 is at (p + 0.5) / scale - 0.5; its taps are the LR
     # pixels -2..2.
     centres = (torch.arange(scale, dtype=torch.float64) + 0.5) / scale - 0.5
@@ -249,13 +260,17 @@ def cubic_upscale(lr: Tensor, kernel: Tensor, scale: int) -> Tensor:
     """Upscale float NCHW RGB with a `bicubic_kernel` of `scale`, replicating border pixels.
 
     Equals `images.cubic_resize` except for the outermost LR pixels, where that renormalises
-    instead.
+    instead. At scale 1, returns `lr` itself.
     """
+    if scale == 1:
+        return lr
     padded = F.pad(lr, (2, 2, 2, 2), mode="replicate")
     return F.pixel_shuffle(F.conv2d(padded, kernel.to(lr.dtype), groups=COLOURS), scale)
 
 
 def _upsampler(num_features: int, upsampler_features: int, scale: int) -> nn.Sequential:
+    if scale == 1:
+        return nn.Sequential(nn.Conv2d(num_features, COLOURS, 3, padding=1))
     if scale == 4:
         return nn.Sequential(
             nn.Conv2d(num_features, upsampler_features, 3, padding=1),
@@ -282,7 +297,7 @@ def _check_sizes(
     upsampler_features: int,
 ) -> None:
     if scale not in SCALES or not isinstance(scale, int):
-        raise ValueError(f"scale {scale!r} is not one of 2, 3 and 4")
+        raise ValueError(f"scale {scale!r} is not one of 1, 2, 3 and 4")
     check_sizes(
         num_features=num_features,
         num_attention_features=num_attention_features,

@@ -22,7 +22,12 @@ SMALL = {
     RRDBNet: {"num_features": 8, "num_blocks": 2, "num_grow_ch": 4},
     SRVGGNetCompact: {"num_features": 8, "num_conv": 3},
 }
-SCALES = {SRResNet: (2, 4, 8), MSRResNet: (2, 3, 4), RRDBNet: (1, 2, 4), SRVGGNetCompact: (2, 3, 4)}
+SCALES = {
+    SRResNet: (1, 2, 4, 8),
+    MSRResNet: (1, 2, 3, 4),
+    RRDBNet: (1, 2, 4),
+    SRVGGNetCompact: (1, 2, 3, 4),
+}
 VARIANTS = [
     (network_class, scale, {}) for network_class, scales in SCALES.items() for scale in scales
 ] + [
@@ -198,7 +203,8 @@ def plain_msrresnet(state, images, scale):
     x = F.leaky_relu(conv(state, images, "conv_first"), 0.1)
     for block in range(2):
         x = x + conv(state, F.relu(conv(state, x, f"body.{block}.conv1")), f"body.{block}.conv2")
-    for name, step in (("upconv1", 2), ("upconv2", 2)) if scale == 4 else (("upconv1", scale),):
+    stages = {1: (), 4: (("upconv1", 2), ("upconv2", 2))}.get(scale, (("upconv1", scale),))
+    for name, step in stages:
         x = F.leaky_relu(F.pixel_shuffle(conv(state, x, name), step), 0.1)
     x = conv(state, F.leaky_relu(conv(state, x, "conv_hr"), 0.1), "conv_last")
     if "residual_kernel" in state:
@@ -227,7 +233,7 @@ def plain_rrdbnet(state, images, rdb_scale=0.2, rrdb_scale=0.2):
     return conv(state, F.leaky_relu(conv(state, x, "conv_hr"), 0.2), "conv_last")
 
 
-@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
 def test_srresnet_is_the_papers(scale):
     network, images = small(SRResNet, scale).double(), torch.rand(2, 3, 9, 11, dtype=torch.float64)
     torch.testing.assert_close(
@@ -236,7 +242,7 @@ def test_srresnet_is_the_papers(scale):
 
 
 @pytest.mark.parametrize("residual", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
 def test_msrresnet_is_basicsrs(scale, residual):
     network = small(MSRResNet, scale, global_residual=residual).double()
     images = torch.rand(2, 3, 9, 11, dtype=torch.float64)
@@ -264,16 +270,18 @@ def test_every_knob_of_rrdbnet_turns_something(params):
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
 
 
-def test_compact_adds_the_nearest_upscale():
-    network = small(SRVGGNetCompact, 3)
+@pytest.mark.parametrize("scale", [1, 3])
+def test_compact_adds_the_nearest_upscale(scale):
+    network = small(SRVGGNetCompact, scale)
     with torch.no_grad():
         for parameter in network.body[-1].parameters():
             parameter.zero_()
     images = torch.rand(1, 3, 5, 6)
-    assert torch.equal(network(images), images.repeat_interleave(3, 2).repeat_interleave(3, 3))
+    nearest = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    assert torch.equal(network(images), nearest)
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
 def test_msrresnet_starts_at_the_interpolated_image(scale):
     torch.manual_seed(0)
     images = torch.rand(1, 3, 12, 12)
@@ -302,6 +310,9 @@ def test_tensors_are_named_as_in_the_files_of_the_field():
         f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)
     }
     assert layers(MSRResNet(scale=3, **SMALL[MSRResNet])) == ends | {"upconv1"} | {
+        f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)
+    }
+    assert layers(MSRResNet(scale=1, **SMALL[MSRResNet])) == ends | {
         f"body.{block}.conv{layer}" for block in range(2) for layer in (1, 2)
     }
     assert layers(RRDBNet(scale=2, **SMALL[RRDBNet])) == ends | {
@@ -430,6 +441,19 @@ def test_older_esrgan_files_are_converted(renamed):
     assert all(converted[name] is state[name] for name in state)
 
 
+@pytest.mark.parametrize(
+    ("network_class", "tail"),
+    [
+        (MSRResNet, {"upsample.0.weight": (32, 8, 3, 3)}),
+        (SRResNet, {"upsampler.0.weight": (32, 8, 3, 3)}),
+    ],
+)
+def test_another_upsampler_is_not_taken_for_x1(network_class, tail):
+    whole = shapes(small(network_class, 1))
+    assert network_class.recognise(whole)[0] == 1
+    assert network_class.recognise({**whole, **tail}) is None
+
+
 def test_esrgan_plus_is_not_claimed():
     state = small(RRDBNet, 4).state_dict()
     for names in (lambda name: name, second_esrgan_names, first_esrgan_names):
@@ -459,6 +483,7 @@ def spandrel_model(path):
         (RRDBNet, 4, {"num_grow_ch": 32}, "ESRGAN"),
         (RRDBNet, 2, {"num_grow_ch": 32}, "ESRGAN"),
         (RRDBNet, 1, {"num_grow_ch": 32}, "ESRGAN"),
+        (SRVGGNetCompact, 1, {}, "Compact"),
         (SRVGGNetCompact, 2, {}, "Compact"),
         (SRVGGNetCompact, 3, {}, "Compact"),
         (SRVGGNetCompact, 4, {"num_features": 12}, "Compact"),
@@ -611,11 +636,11 @@ def test_byte_network_follows_its_weights_and_refuses_what_is_no_bytes():
 @pytest.mark.parametrize(
     ("network_class", "change", "rule"),
     [
-        (SRResNet, {"scale": 3}, "scale 3 is not one of 2, 4 and 8"),
+        (SRResNet, {"scale": 3}, "scale 3 is not one of 1, 2, 4 and 8"),
         (SRResNet, {"num_blocks": 0}, "num_blocks 0 is not"),
         (SRResNet, {"scale": True}, "scale True"),
         (SRResNet, {"num_features": 8.0}, "num_features 8.0 is not a whole"),
-        (MSRResNet, {"scale": 8}, "scale 8 is not one of 2, 3 and 4"),
+        (MSRResNet, {"scale": 8}, "scale 8 is not one of 1, 2, 3 and 4"),
         (
             MSRResNet,
             {"global_residual": "none"},
@@ -640,7 +665,7 @@ def test_byte_network_follows_its_weights_and_refuses_what_is_no_bytes():
             "activation 'gelu' is not one of 'prelu', 'relu', 'leakyrelu'",
         ),
         (SRVGGNetCompact, {"num_conv": "16"}, "num_conv '16' is not a whole number"),
-        (SRVGGNetCompact, {"scale": 1}, "scale 1 is not one of 2, 3 and 4"),
+        (SRVGGNetCompact, {"scale": 0}, "scale 0 is not one of 1, 2, 3 and 4"),
     ],
 )
 def test_bad_values_are_refused(network_class, change, rule):

@@ -312,7 +312,7 @@ def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field)
         (("vapsr_x5",), "no recipe 'vapsr_x5'; did you mean"),
         (("none.pth",), "no weights file 'none.pth'"),
         (("none.CKPT",), "no weights file 'none.CKPT'"),
-        (("vapsr_x4", "scale=5"), "network 'vapsr': scale 5 is not one of 2, 3 and 4"),
+        (("vapsr_x4", "scale=5"), "network 'vapsr': scale 5 is not one of 1, 2, 3 and 4"),
         (("vapsr_x4", "generator.num_features=100000000"), "num_features 100000000 is above 65536"),
         (("vapsr_x4", "generator.num_features=60000"), "network 'vapsr' cannot be built with"),
         (("vapsr_x4", "generator.scale=4"), "network 'vapsr' has no parameter 'scale'"),

@@ -40,18 +40,30 @@ OTHERS = {
     "HAT": {"embed_dim": 12, "depths": [2], "num_heads": [2], "squeeze_factor": 4},
     "MoESR": {"dim": 16, "n_blocks": 1, "n_block": 1, "upsample_dim": 8},
     "MoSR": {"dim": 16, "n_block": 2},
+    "NAFNet": {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]},
     "OmniSR": {"num_feat": 16},
     "RCAN": {"n_resgroups": 2, "n_resblocks": 2, "n_feats": 16, "reduction": 4},
     "RGT": {"embed_dim": 12, "depth": [2], "num_heads": [2], "img_size": 16},
     "RealCUGAN": {},
     "RealPLKSR": {"dim": 16, "n_blocks": 2, "kernel_size": 5},
+    "SCUNet": {"dim": 16, "config": [0, 0, 1, 1, 1, 0, 0]},
     "SeemoRe": {"num_experts": 2, "num_layers": 1, "embedding_dim": 12},
     "SwiftSRGAN": {"num_channels": 8, "num_blocks": 1},
     "Swin2SR": {"embed_dim": 12, "depths": [2], "num_heads": [2], "img_size": 16},
 }
 
 
-def tiny(arch, scale=2, **params):
+# Loaded elsewhere at x1 most often, with the networks that only restore.
+AT_X1 = ("Compact", "SPAN", "RealPLKSR", "NAFNet", "SCUNet", "ESRGAN")
+ONLY_X1 = ("NAFNet", "SCUNet")
+
+
+def scale_of(arch):
+    return 1 if arch in ONLY_X1 else 2
+
+
+def tiny(arch, scale=None, **params):
+    scale = scale or scale_of(arch)
     torch.manual_seed(0)
     return build_generator("spandrel", scale, arch=arch, **{**TINY, **OTHERS}[arch], **params)
 
@@ -143,6 +155,36 @@ def test_a_file_without_description_is_read_through_spandrel(tmp_path, arch, hal
         ) * expected.abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("arch", AT_X1)
+def test_files_of_scale_1_load_and_train(tmp_path, arch):
+    network = tiny(arch, 1)
+    lr = images_of(2, 3, 18, 21)
+    F.l1_loss(network(lr), lr / 255).backward()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.isfinite().all() for parameter in trained)
+    torch.optim.Adam(trained, lr=1e-3).step()
+    with torch.inference_mode():
+        restored = network.eval()(lr)
+    torch.save({"params": network.state_dict()}, tmp_path / "bare.pth")
+    elsewhere = opened_elsewhere(tmp_path / "bare.pth")
+    assert (elsewhere.scale, elsewhere.purpose) == (1, "Restoration")
+    found = read_network(tmp_path / "bare.pth")
+    assert found.scale == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(found.build()(lr), restored, rtol=0, atol=1e-5)
+    for number in range(2):
+        one = slice(number, number + 1)
+        torch.testing.assert_close(
+            elsewhere(lr[one] / 255), restored[one].clamp(0, 1), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("arch", spandrel.DEFAULTS_AT_X1)
+def test_at_scale_1_an_architecture_that_usually_upscales_can_be_built(arch):
+    lr = images_of(2, 3, 18, 21)
+    assert tiny(arch, 1)(lr).shape == lr.shape
+
+
 @pytest.mark.parametrize(("arch", "ours"), [("Compact", "compact"), ("ESRGAN", "rrdbnet")])
 def test_spandrel_and_our_own_network_agree(tmp_path, arch, ours):
     network = tiny(arch, 4).eval()
@@ -164,7 +206,7 @@ def test_every_architecture_learns(arch, dtype):
     lr = images_of(2, 3, 19, 16)
     before = lr.clone()
     sr = network(lr)
-    assert sr.shape == (2, 3, 38, 32)
+    assert sr.shape == (2, 3, 19 * scale_of(arch), 16 * scale_of(arch))
     assert sr.dtype == dtype
     assert torch.equal(lr, before)
     sr.float().abs().mean().backward()
@@ -176,7 +218,7 @@ def test_every_architecture_learns(arch, dtype):
     assert trained.keys() <= network.state_dict().keys()
 
 
-@pytest.mark.parametrize("arch", ["SPAN", "ESRGAN", "PLKSR"])
+@pytest.mark.parametrize("arch", ["SPAN", "ESRGAN", "PLKSR", "NAFNet"])
 def test_compiles_without_a_graph_break(arch):
     network = tiny(arch)
     lr = images_of(2, 3, 16, 16)
@@ -373,8 +415,18 @@ def test_scales_that_an_architecture_lacks_are_refused():
         UserError, match="arch 'RealCUGAN' does not support scale 5, only 2, 3 and 4"
     ):
         build_generator("spandrel", 5, arch="RealCUGAN")
-    with pytest.raises(UserError, match="scale 1 is not a whole number from 2 to 8"):
-        build_generator("spandrel", 1, arch="SPAN")
+    with pytest.raises(
+        UserError, match="arch 'RealCUGAN' does not support scale 1, only 2, 3 and 4"
+    ):
+        build_generator("spandrel", 1, arch="RealCUGAN")
+    with pytest.raises(UserError, match="arch 'NAFNet' does not support scale 2, only 1"):
+        build_generator("spandrel", 2, arch="NAFNet")
+    with pytest.raises(UserError, match="'SwinIR' changes the size; choose its upsampler"):
+        build_generator(
+            "spandrel", 1, arch="SwinIR", **{**TINY["SwinIR"], "upsampler": "nearest+conv"}
+        )
+    with pytest.raises(UserError, match="scale 0 is not a whole number from 1 to 8"):
+        build_generator("spandrel", 0, arch="SPAN")
 
 
 def test_files_of_other_purposes_are_refused(tmp_path):

@@ -44,6 +44,8 @@ def plain_vapsr(state, images, scale, groups=1):
         x = x * weight + bias
     x = first + conv(x, "conv_body", padding=1, groups=groups)
     x = conv(x, "upsampler.0", padding=1)
+    if scale == 1:
+        return x
     if scale == 4:
         x = F.leaky_relu(F.pixel_shuffle(x, 2), 0.1)
         return F.pixel_shuffle(conv(x, "upsampler.3", padding=1), 2)
@@ -55,7 +57,7 @@ def test_parameter_counts_are_the_papers(params, count):
     assert sum(parameter.numel() for parameter in VapSR(scale=4, **params).parameters()) == count
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
 @pytest.mark.parametrize("params", [{}, {"projection_kernel": 3}, {"conv_groups": 2}])
 def test_forward_is_the_description(scale, params):
     network = tiny_network(scale=scale, **params).double()
@@ -150,7 +152,7 @@ def test_channels_last_stays_so_without_copies_and_gives_the_same():
         torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
 @pytest.mark.parametrize("value_range", ["unit", "signed"])
 def test_with_the_residual_training_starts_at_bicubic(scale, value_range):
     images = torch.rand(1, 3, 20, 24)
@@ -174,7 +176,7 @@ def test_initial_values_are_the_documented_ones():
             assert not module.bias.any()
 
 
-@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
 def test_cubic_upscale_repeats_the_border(scale):
     images = torch.rand(2, 3, 7, 9, dtype=torch.float64)
     larger = cubic_resize(F.pad(images, (6, 6, 6, 6), mode="replicate"), (19 * scale, 21 * scale))
@@ -195,7 +197,13 @@ def test_every_layer_learns_from_the_second_step_on():
 
 @pytest.mark.parametrize(
     ("scale", "params"),
-    [(2, {}), (4, {}), (3, {"projection_kernel": 3}), (2, {"global_residual": "bicubic"})],
+    [
+        (2, {}),
+        (4, {}),
+        (3, {"projection_kernel": 3}),
+        (2, {"global_residual": "bicubic"}),
+        (1, {"global_residual": "bicubic"}),
+    ],
 )
 def test_receptive_radius_is_exact(scale, params):
     network = tiny_network(scale=scale, **params).double()
@@ -221,6 +229,7 @@ def test_receptive_radius_is_exact(scale, params):
         ({"num_features": "48"}, "num_features '48' is not"),
         ({"conv_groups": 5}, "not a multiple of conv_groups 5"),
         ({"projection_kernel": 2}, "projection_kernel 2 is neither 1 nor 3"),
+        ({"scale": 1, "upsampler_features": 56}, "56: x1 has no upsampler; omit it"),
         ({"scale": 4, "upsampler_features": 30}, "30 is not a multiple of 4"),
         ({"global_residual": "cubic"}, "'cubic' is neither 'none' nor 'bicubic'"),
         ({"value_range": "bytes"}, "'bytes' is neither 'unit' nor 'signed'"),

@@ -140,6 +140,8 @@ def test_round_trip_keeps_every_bit_and_word(tmp_path, suffix):
         {"scale": 4, "conv_groups": 2, "num_blocks": 11},
         {"scale": 2, "upsampler_features": 24},
         {"scale": 3, "global_residual": "bicubic"},
+        {"scale": 1},
+        {"scale": 1, "projection_kernel": 3, "global_residual": "bicubic"},
     ],
 )
 def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, params):
@@ -156,7 +158,7 @@ def test_the_network_is_recognised_from_its_tensors_alone(tmp_path, suffix, para
         "projection_kernel": 1,
         "global_residual": "none",
         "value_range": "unit",
-        "upsampler_features": 64 if params["scale"] == 4 else 56,
+        "upsampler_features": {1: None, 4: 64}.get(params["scale"], 56),
         **params,
     }
     assert found.scale == expected.pop("scale")
@@ -501,11 +503,13 @@ FOREIGN = {
     "ancestor's VapSR-3x3": (ancestor_vapsr, "vapsr", 2),
     "RRDBNet": (basicsr_rrdbnet, "rrdbnet", 4),
     "RRDBNet x2": (lambda: basicsr_rrdbnet(folded=4), "rrdbnet", 2),
+    "RRDBNet x1": (lambda: basicsr_rrdbnet(folded=16), "rrdbnet", 1),
     "ESRGAN 2": (second_esrgan, "rrdbnet", 4),
     "ESRGAN 1": (first_esrgan, "rrdbnet", 4),
     "MSRResNet x2": (lambda: basicsr_msrresnet(2), "msrresnet", 2),
     "MSRResNet x3": (lambda: basicsr_msrresnet(3), "msrresnet", 3),
     "MSRResNet x4": (lambda: basicsr_msrresnet(4), "msrresnet", 4),
+    "SRVGGNetCompact x1": (lambda: basicsr_compact(1), "compact", 1),
     "SRVGGNetCompact x2": (lambda: basicsr_compact(2), "compact", 2),
     "SRVGGNetCompact x4": (lambda: basicsr_compact(4), "compact", 4),
     "SRGAN": (srgan_generator, "srresnet", 4),
