@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ MAX_DIRECT_TAPS = 129  # largest number of taps that OpenCV filters without a Fo
 # one SVD.
 NS_DIRECT, NS_LINE, NS_ADD, NS_FOURIER = 0.038, 0.043, 0.1, 13.0
 US_CALL, US_SVD = 5.0, 80.0
+ONE_THREAD = 2**18  # multiplications of matrices up to which OpenBLAS starts no threads
 
 
 class Workspace:
@@ -179,20 +181,50 @@ def resized(
     if not is_cubic:
         out = workspace.array("resized", (*size, 3), apart_from=levels)
         return cv2.resize(levels, size[::-1], dst=out, interpolation=cv2.INTER_LINEAR)
-    # OpenCV's own cubic has a = -0.75. The direction that leaves fewer pixels for the other goes
-    # first.
-    if size[0] * levels.shape[1] <= levels.shape[0] * size[1]:
-        turned = _turned(_rows_resized(levels, size[0], "rows", workspace), "turned", workspace)
-        return _turned(
-            _rows_resized(turned, size[1], "rows", workspace),
-            "resized",
-            workspace,
-            apart_from=levels,
-        )
-    turned = _rows_resized(_turned(levels, "turned", workspace), size[1], "rows", workspace)
-    return _rows_resized(
-        _turned(turned, "turned", workspace), size[0], "resized", workspace, apart_from=levels
+    return _by_weights(levels, size, cubic_weights, workspace)  # OpenCV's own cubic has a = -0.75
+
+
+def resampled(
+    image: Levels | Bytes, size: tuple[int, int], kernel: str, workspace: Workspace
+) -> Levels:
+    """Resize `image` to `size` (height, width) with a kernel of `RESAMPLING`.
+
+    Along a side that shrinks, the kernel is widened by the ratio of the sizes, which is
+    antialiasing.
+    """
+    levels = _as_levels(image, workspace)
+    if size == levels.shape[:2]:
+        return levels
+    return _by_weights(levels, size, partial(resampling_weights, kernel), workspace)
+
+
+Blocks = list[tuple[int, int, Levels]]
+"""A banded matrix of weights as blocks of rows: (first output row, first input row, weights).
+
+The blocks are small, so that they stay close to the diagonal.
+"""
+
+
+def _by_weights(
+    levels: Levels,
+    size: tuple[int, int],
+    weights: Callable[[int, int], Blocks],
+    workspace: Workspace,
+) -> Levels:
+    """Resize rows and columns by the matrices that `weights(length, new length)` returns."""
+    # The direction that leaves fewer pixels for the other goes first.
+    down, across = (
+        weights(length, new) for length, new in zip(levels.shape[:2], size, strict=True)
     )
+    if size[0] * levels.shape[1] <= levels.shape[0] * size[1]:
+        rows = _rows_resized(levels, size[0], down, "rows", workspace)
+        turned = _rows_resized(
+            _turned(rows, "turned", workspace), size[1], across, "rows", workspace
+        )
+        return _turned(turned, "resized", workspace, apart_from=levels)
+    turned = _turned(levels, "turned", workspace)
+    rows = _turned(_rows_resized(turned, size[1], across, "rows", workspace), "turned", workspace)
+    return _rows_resized(rows, size[0], down, "resized", workspace, apart_from=levels)
 
 
 def _turned(
@@ -205,7 +237,12 @@ def _turned(
 
 
 def _rows_resized(
-    levels: Levels, size: int, name: str, workspace: Workspace, apart_from: Levels | None = None
+    levels: Levels,
+    size: int,
+    blocks: Blocks,
+    name: str,
+    workspace: Workspace,
+    apart_from: Levels | None = None,
 ) -> Levels:
     """Resize the rows of (height, width, 3) levels to (size, width, 3)."""
     height, width = levels.shape[:2]
@@ -213,29 +250,83 @@ def _rows_resized(
         levels.reshape(height, width * 3),
         workspace.array(name, (size, width * 3), apart_from=apart_from),
     )
-    for at, first, weights in cubic_weights(height, size):
-        np.matmul(weights, rows[first : first + weights.shape[1]], out=out[at : at + len(weights)])
+    columns = max(16, ONE_THREAD // blocks[0][2].size)
+    for left in range(0, width * 3, columns):
+        part, target = rows[:, left : left + columns], out[:, left : left + columns]
+        for at, first, weights in blocks:
+            np.matmul(
+                weights,
+                part[first : first + weights.shape[1]],
+                out=target[at : at + len(weights)],
+            )
     return out.reshape(size, width, 3)
 
 
 @lru_cache(maxsize=256)
-def cubic_weights(length: int, size: int) -> list[tuple[int, int, Levels]]:
-    """Return the weights of Keys' cubic (a = -0.5), with borders repeated, as blocks of rows.
-
-    Each block is (first output row, first input row, weight matrix). The blocks are small, so that
-    the matrices stay close to the diagonal and BLAS does not start threads for them.
-    """
+def cubic_weights(length: int, size: int) -> Blocks:
+    """Return the weights of Keys' cubic (a = -0.5), with borders repeated."""
     centres = (np.arange(size) + 0.5) * (length / size) - 0.5
     places = np.floor(centres).astype(int)[:, None] + np.arange(-1, 3)
-    d = np.abs(centres[:, None] - places)
-    weights = np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
-    places = places.clip(0, length - 1)
+    weights = _keys(np.abs(centres[:, None] - places))
+    return _blocks(places.clip(0, length - 1), weights, length)
+
+
+def _keys(d: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' cubic with a = -0.5 at the distances `d`, which must not exceed 2."""
+    return np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
+
+
+def _mitchell(d: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The cubic of Mitchell and Netravali (SIGGRAPH 1988) with B = C = 1/3."""
+    near = (7 * d - 12) * d * d + 16 / 3
+    return np.where(d < 1, near, ((-7 / 3 * d + 12) * d - 20) * d + 32 / 3) / 6
+
+
+class Resampling(NamedTuple):
+    """A kernel: its radius in pixels, its value at distances within it, its way with borders."""
+
+    radius: int
+    value: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    mirrors: bool  # borders are mirrored, as in MATLAB; otherwise left out, as in Pillow
+
+
+RESAMPLING: dict[str, Resampling] = {
+    "cubic_antialiased": Resampling(2, _keys, True),  # MATLAB's imresize
+    "hermite": Resampling(1, lambda d: (2 * d - 3) * d * d + 1, False),
+    "lanczos": Resampling(3, lambda d: np.sinc(d) * np.sinc(d / 3), False),  # Pillow's LANCZOS
+    "mitchell": Resampling(2, _mitchell, False),
+}
+
+
+@lru_cache(maxsize=512)
+def resampling_weights(kernel: str, length: int, size: int) -> Blocks:
+    """Return the weights of a kernel of `RESAMPLING`, antialiased; each row sums to 1."""
+    radius, value, mirrors = RESAMPLING[kernel]
+    wide = max(1.0, length / size)
+    centres = (np.arange(size) + 0.5) * (length / size) - 0.5
+    reach = math.ceil(radius * wide)
+    places = np.floor(centres).astype(int)[:, None] + np.arange(-reach, reach + 2)
+    d = np.abs(centres[:, None] - places) / wide
+    weights = np.where(d < radius, value(np.minimum(d, radius)), 0)
+    if mirrors:
+        places %= 2 * length
+        places = np.minimum(places, 2 * length - 1 - places)
+    else:
+        weights[(places < 0) | (places >= length)] = 0
+        places = places.clip(0, length - 1)
+    return _blocks(places, weights / weights.sum(1, keepdims=True), length)
+
+
+def _blocks(places: NDArray[np.intp], weights: NDArray[np.float64], length: int) -> Blocks:
+    """Return the matrix whose row i has weights[i, t] in column places[i, t], as blocks."""
+    size, taps = places.shape
     step, rows = 8 if length < 2 * size else 4, np.arange(size)
-    starts = places[::step, 0]
-    reach = int((places[np.minimum(rows[::step] + step, size) - 1, 3] - starts).max()) + 1
+    whole = np.pad(places, ((0, -size % step), (0, 0)), "edge").reshape(-1, step * taps)
+    starts = whole.min(1)
+    reach = int((whole.max(1) - starts).max()) + 1
     starts = np.minimum(starts, length - reach)
     blocks = np.zeros((len(starts), step, reach), np.float32)
-    for tap in range(4):  # weights of repeated border pixels add up
+    for tap in range(taps):  # weights of the same place add up
         blocks[rows // step, rows % step, places[:, tap] - starts[rows // step]] += weights[:, tap]
     return [(i * step, int(start), blocks[i, : size - i * step]) for i, start in enumerate(starts)]
 
