@@ -337,7 +337,7 @@ def _blocks(places: NDArray[np.intp], weights: NDArray[np.float64], length: int)
 def with_gaussian(image: Levels, keys: NoiseKeys, sigma: float, workspace: Workspace) -> Levels:
     """Add noise of standard deviation `sigma` in place, with 3 channels or the same one in all."""
     z = standard_normal(keys, workspace)
-    return cv2.scaleAdd(_in_all_channels(z, workspace), sigma, image, dst=image)
+    return cv2.scaleAdd(in_all_channels(z, workspace), sigma, image, dst=image)
 
 
 def with_poisson(image: Levels, keys: NoiseKeys, scale: float, workspace: Workspace) -> Levels:
@@ -356,7 +356,7 @@ def with_poisson(image: Levels, keys: NoiseKeys, scale: float, workspace: Worksp
     # Add scale * (counts / PHOTONS - levels).
     part[...] = levels
     cv2.scaleAdd(part, -PHOTONS, counts, dst=counts)
-    return cv2.scaleAdd(_in_all_channels(counts, workspace), scale / PHOTONS, image, dst=image)
+    return cv2.scaleAdd(in_all_channels(counts, workspace), scale / PHOTONS, image, dst=image)
 
 
 def standard_normal(keys: NoiseKeys, workspace: Workspace) -> Levels:
@@ -366,6 +366,12 @@ def standard_normal(keys: NoiseKeys, workspace: Workspace) -> Levels:
     """
     height, width, channels = len(keys.rows), *keys.columns.shape[1:]
     shape = (height, width, 3) if channels == 3 else (height, width)
+    return cv2.LUT(quantiles(keys, workspace), _normal_lut(), dst=workspace.array("normal", shape))
+
+
+def quantiles(keys: NoiseKeys, workspace: Workspace) -> NDArray[np.uint16]:
+    """Return the upper 16 bits of a sample's words, (height, width, 3) or (height, width)."""
+    height, width, channels = len(keys.rows), *keys.columns.shape[1:]
     words = np.multiply(
         keys.rows, keys.columns, out=workspace.array("words", (height, width, channels), np.uint32)
     )
@@ -375,10 +381,11 @@ def standard_normal(keys: NoiseKeys, workspace: Workspace) -> Levels:
         int(sys.byteorder == "little"),
         dst=workspace.array("quantiles", (height, width * channels), np.uint16),
     )
-    return cv2.LUT(upper.reshape(shape), _normal_lut(), dst=workspace.array("normal", shape))
+    return upper.reshape((height, width, 3) if channels == 3 else (height, width))
 
 
-def _in_all_channels(plane: Levels, workspace: Workspace) -> Levels:
+def in_all_channels(plane: Levels, workspace: Workspace) -> Levels:
+    """Return (height, width) values as three equal channels; three channels as they are."""
     if plane.ndim == 3:
         return plane
     return cv2.cvtColor(
