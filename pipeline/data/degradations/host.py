@@ -331,6 +331,40 @@ def _blocks(places: NDArray[np.intp], weights: NDArray[np.float64], length: int)
     return [(i * step, int(start), blocks[i, : size - i * step]) for i, start in enumerate(starts)]
 
 
+class Taps(NamedTuple):
+    """Weighted sums along one axis: sum i is of weights[i, t] times the value at places[i, t]."""
+
+    places: NDArray[np.intp]
+    weights: NDArray[np.float32]
+
+
+def cubic_taps(centres: NDArray[np.float64], length: int) -> Taps:
+    """Return the taps of Keys' cubic (a = -0.5) at positions in pixels; borders are repeated."""
+    places = np.floor(centres).astype(np.intp)[:, None] + np.arange(-1, 3)
+    weights = _keys(np.abs(centres[:, None] - places))
+    return Taps(places.clip(0, length - 1), weights.astype(np.float32))
+
+
+def sampled(image: Levels, down: Taps, across: Taps) -> Levels:
+    """Return sums of rows and columns, (len(down.places), len(across.places), channels) or 2D.
+
+    Matrices as in `resampled` are faster where many pixels are summed.
+    """
+    rows = _summed_rows(image, down)
+    return cv2.transpose(_summed_rows(cv2.transpose(rows), across))
+
+
+def _summed_rows(image: Levels, taps: Taps) -> Levels:
+    weights = taps.weights.reshape(*taps.weights.shape, *[1] * (image.ndim - 1))
+    total = image[taps.places[:, 0]]
+    total *= weights[:, 0]
+    for tap in range(1, taps.places.shape[1]):
+        part = image[taps.places[:, tap]]
+        part *= weights[:, tap]
+        total += part
+    return total
+
+
 # Noise.
 
 

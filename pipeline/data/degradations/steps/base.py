@@ -144,3 +144,21 @@ def shares_of(*names: str) -> Any:
 def levels(image: Image) -> NDArray[np.float32]:
     """Return `image` as float32 levels that may be overwritten."""
     return image if image.dtype == np.float32 else image.astype(np.float32)
+
+
+# Weights of R, G and B in luma.
+LUMA = {
+    "bt601": (0.299, 0.587, 0.114),
+    "bt709": (0.2126, 0.7152, 0.0722),
+    "bt2020": (0.2627, 0.678, 0.0593),
+}
+
+
+def to_ycc(standard: str = "bt601") -> NDArray[np.float64]:
+    """Return the matrix from R'G'B' to Y'CbCr in full range, without the offset of Cb and Cr.
+
+    For levels 0..255, Y' is within 0..255 and Cb and Cr within -127.5..127.5.
+    """
+    luma = np.array(LUMA[standard])
+    blue, red = ((np.eye(3)[channel] - luma) / (2 * (1 - luma[channel])) for channel in (2, 0))
+    return np.stack([luma, blue, red])

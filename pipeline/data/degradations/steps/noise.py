@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from pipeline.data.degradations.steps.base import (
+    LUMA,
     Canvas,
     Draws,
     Image,
@@ -22,18 +23,13 @@ from pipeline.data.degradations.steps.base import (
     StepSpec,
     levels,
     shares_of,
+    to_ycc,
 )
 from pipeline.libraries import cv2
 from pipeline.spec import Factor, Levels, Probability, Range, Sigma, within
 
 KINDS = ("gaussian", "poisson", "uniform", "salt_and_pepper", "perlin", "grain")
 RGB_ONLY = ("poisson", "salt_and_pepper")
-
-# Levels of R, G, B per level of Y, Cb and Cr of BT.601, full range.
-FROM_YCC = np.array(
-    [[1, 0, 1.402], [1, -0.114 * 1.772 / 0.587, -0.299 * 1.402 / 0.587], [1, 1.772, 0]], np.float32
-)
-LUMA = (0.299, 0.587, 0.114)
 
 SMALLEST_CELL = 2.0  # pixels between the gradients of the finest octave of Perlin noise
 # Variance of Perlin noise with unit gradients, the mean over a cell: with the weights s(t) and
@@ -135,7 +131,7 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
     elif kind == "grain":
         z = _grain(words, height, width, channels, drawn["grain_size"], workspace)
         # A layer of grains that cover the share p of a place has the variance p (1 - p).
-        luma = cv2.transform(image, np.array([LUMA], np.float32) / 255).clip(0, 1)
+        luma = cv2.transform(image, np.array([LUMA["bt601"]], np.float32) / 255).clip(0, 1)
         z *= (2 * np.sqrt(luma * (1 - luma))).reshape(height, width, *[1] * (z.ndim - 2))
     else:
         keys = noise.noise_keys(words, height, width, channels)
@@ -160,8 +156,9 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
             z *= math.sqrt(12) / 65536
     if is_rgb:
         return cv2.scaleAdd(host.in_all_channels(z, workspace), level, image, dst=image)
-    strengths = np.array([level, drawn["chroma_level"], drawn["chroma_level"]], np.float32)
-    return cv2.add(image, cv2.transform(z, FROM_YCC * strengths), dst=image)
+    strengths = [level, drawn["chroma_level"], drawn["chroma_level"]]
+    to_rgb = (np.linalg.inv(to_ycc()) * strengths).astype(np.float32)
+    return cv2.add(image, cv2.transform(z, to_rgb), dst=image)
 
 
 def _grain(
