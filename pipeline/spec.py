@@ -49,6 +49,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 # A single number stands for both ends.
 Range = Annotated[tuple[float, float], BeforeValidator(_both_ends)]
 Sigma = Annotated[Range, within(1e-3, 50)]  # of a blur kernel, in pixels
+Radius = Annotated[Range, within(0.5, 50)]  # in pixels
+Angle = Annotated[Range, within(-360, 360)]  # in degrees, from the x axis (right) to the y (down)
 Exponent = Annotated[Range, within(1e-3, 20)]
 Levels = Annotated[Range, within(0, 255)]
 Factor = Annotated[Range, within(0, 100)]

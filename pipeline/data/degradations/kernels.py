@@ -55,6 +55,49 @@ def sinc_kernel(size: int, cutoff: float) -> Kernel:
     return _normalised(values[places])
 
 
+def box_kernel(width: float) -> Kernel:
+    """Mean of a square of `width` pixels, at least 1, with partial taps at its edges."""
+    line = _box(width)
+    return _normalised(np.outer(line, line))
+
+
+def disc_kernel(radius: float) -> Kernel:
+    """Mean of a disc of `radius` pixels, at least 0.5: the blur of a lens out of focus.
+
+    Each tap is the area of the disc within its pixel, integrated along x exactly and along y over
+    16 lines per pixel.
+    """
+    reach = math.ceil(radius - 0.5)
+    lines = (np.arange(16 * (2 * reach + 1)) + 0.5) / 16 - reach - 0.5
+    half = np.sqrt(np.maximum(radius * radius - lines * lines, 0))[:, None]
+    x = np.arange(-reach, reach + 1)
+    covered = np.maximum(np.minimum(x + 0.5, half) - np.maximum(x - 0.5, -half), 0)
+    return _normalised(covered.reshape(2 * reach + 1, 16, -1).mean(1))
+
+
+def motion_kernel(length: float, theta: float) -> Kernel:
+    """Mean along a line of `length` pixels, at least 1, at `theta` radians from x towards y.
+
+    With u and v the distances from its middle along and across the line, taps are min(1, (length +
+    1) / 2 - |u|) (1 - |v|), cut off at 0: the line is antialiased and about one pixel thick.
+    """
+    reach = math.ceil((length - 1) / 2 + 1)
+    line = np.arange(-reach, reach + 1)
+    x, y = line[None], line[:, None]
+    along = np.abs(math.cos(theta) * x + math.sin(theta) * y)
+    across = np.abs(math.cos(theta) * y - math.sin(theta) * x)
+    return _normalised(((length + 1) / 2 - along).clip(0, 1) * (1 - across).clip(0))
+
+
+def line_sinc(cutoff: float, lobes: int) -> NDArray[np.float32]:
+    """sin(cutoff x) / (pi x) in one dimension, cut off after `lobes` zeros on each side.
+
+    `cutoff` is in radians per pixel, above 0 and at most pi.
+    """
+    reach = math.ceil(lobes * math.pi / cutoff) - 1
+    return _normalised(np.sinc(cutoff / math.pi * np.arange(-reach, reach + 1)))
+
+
 def delta_kernel(size: int = 1) -> Kernel:
     """Identity kernel, for samples that are not blurred."""
     _middle(size)

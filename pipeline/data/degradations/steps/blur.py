@@ -1,10 +1,16 @@
-"""Blur with a kernel of `pipeline.data.degradations.kernels`, mirroring the borders."""
+"""Blur with a kernel of `pipeline.data.degradations.kernels`, or a median; borders are mirrored.
+
+The shapes and draws of `gaussian` to `sinc` are those of Real-ESRGAN.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
-from pydantic import Field
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
 from pipeline.data.degradations.steps.base import (
     Canvas,
@@ -14,28 +20,138 @@ from pipeline.data.degradations.steps.base import (
     StepSpec,
     shares_of,
 )
-from pipeline.spec import Sigma
+from pipeline.spec import Angle, Exponent, Radius, Range, Sigma, within
+
+LARGEST = 21  # largest side of kernels whose tails are long, if `size` is not given
+Cutoff = Annotated[Range, within(0.1, 3.1416)]  # in radians per pixel
 
 
 class BlurSpec(StepSpec):
-    """Blur by a kernel."""
+    """Blur by a kernel or a median."""
 
-    kind: shares_of("gaussian") = Field(  # type: ignore[valid-type]
-        {"gaussian": 1.0}, description="relative probability of each kind"
+    kind: shares_of(  # type: ignore[valid-type]
+        "gaussian",
+        "anisotropic",
+        "generalized",
+        "generalized_anisotropic",
+        "plateau",
+        "plateau_anisotropic",
+        "sinc",
+        "box",
+        "lens",
+        "motion",
+        "median",
+    ) = Field(
+        {"gaussian": 2.0, "anisotropic": 1.0},
+        description="relative probability of each kind: gaussian, generalized and plateau, round "
+        "or anisotropic; sinc, which rings; box; lens (a disc, out of focus); motion (a line); "
+        "median",
     )
     sigma: Sigma = Field(
-        (0.2, 3.0), description="range of the standard deviation in pixels, uniform"
+        (0.2, 3.0),
+        description="range of the standard deviation in pixels, uniform; drawn for each axis of "
+        "anisotropic kinds",
     )
+    angle: Angle = Field(
+        (-180.0, 180.0),
+        description="range of the angle of anisotropic kinds and motion in degrees, from the x "
+        "axis (right) towards the y axis (down)",
+    )
+    size: int | None = Field(
+        None,
+        ge=7,
+        le=31,
+        description="largest side of the kernel, odd; sides from 7 are drawn. None: 21 for "
+        "generalized, plateau and sinc kinds, and Gaussians of 4 sigma on each side",
+    )
+    beta_generalized: Exponent = Field(
+        (0.5, 4.0),
+        description="range of the exponent of generalized kinds; half of them are below 1",
+    )
+    beta_plateau: Exponent = Field(
+        (1.0, 2.0), description="range of the exponent of plateau kinds; half of them are below 1"
+    )
+    cutoff: Cutoff | None = Field(
+        None,
+        description="range of the cutoff of sinc kernels in radians per pixel, at most pi. None: "
+        "pi / 3 to pi for sides below 13, otherwise pi / 5 to pi",
+    )
+    radius: Radius = Field(
+        (1.0, 4.0),
+        description="range of the radius of box (half its side less half a pixel) and lens, in "
+        "pixels",
+    )
+    length: Annotated[Range, within(1, 101)] = Field(
+        (3.0, 15.0), description="range of the length of motion in pixels"
+    )
+    median_radius: Annotated[Range, within(1, 2)] = Field(
+        (1.0, 1.0), description="range of the radius of median: 1 (3x3 pixels) or 2 (5x5)"
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _odd(cls, value: int | None) -> int | None:
+        if value is not None and value % 2 == 0:
+            raise ValueError(f"{value} must be odd; use {value + 1}")
+        return value
 
 
 def draw(spec: BlurSpec, draws: Draws, canvas: Canvas) -> Parameters:
-    return {"kind": draws.choose(spec.kind), "sigma": draws.between(spec.sigma)}
+    kind = draws.choose(spec.kind)
+    if kind == "median":
+        return {"kind": kind, "radius": draws.integer(spec.median_radius)}
+    if kind in ("box", "lens"):
+        return {"kind": kind, "radius": draws.between(spec.radius)}
+    if kind == "motion":
+        length, angle = draws.between(spec.length), draws.between(spec.angle)
+        return {"kind": kind, "length": length, "angle": angle}
+    drawn: Parameters = {"kind": kind}
+    base = kind.removesuffix("_anisotropic")
+    if spec.size or base not in ("gaussian", "anisotropic"):
+        drawn["side"] = 7 + 2 * draws.integer((0, ((spec.size or LARGEST) - 7) // 2))
+    if kind == "sinc":
+        low, high = spec.cutoff or (math.pi / (3 if drawn["side"] < 13 else 5), math.pi)
+        return {**drawn, "cutoff": min(draws.between((low, high)), math.pi)}
+    if kind.endswith("anisotropic"):
+        drawn["sigma_x"], drawn["sigma_y"] = (draws.between(spec.sigma) for _ in range(2))
+        drawn["angle"] = draws.between(spec.angle)
+    else:
+        drawn["sigma"] = draws.between(spec.sigma)
+    if base in ("generalized", "plateau"):
+        low, high = spec.beta_generalized if base == "generalized" else spec.beta_plateau
+        # Half of the exponents are below 1, whatever the range.
+        is_below = draws.chance(0.5)
+        drawn["beta"] = draws.between((min(low, 1.0), 1.0) if is_below else (1.0, max(high, 1.0)))
+    return drawn
+
+
+def kernel(drawn: Parameters) -> NDArray[np.float32]:
+    """Return the kernel of what was drawn, unless it is a median: (side, side), sum 1."""
+    from pipeline.data.degradations import kernels
+
+    kind = drawn["kind"]
+    if kind == "sinc":
+        return kernels.sinc_kernel(drawn["side"], drawn["cutoff"])
+    if kind == "box":
+        return kernels.box_kernel(2 * drawn["radius"] + 1)
+    if kind == "lens":
+        return kernels.disc_kernel(drawn["radius"])
+    if kind == "motion":
+        return kernels.motion_kernel(drawn["length"], math.radians(drawn["angle"]))
+    sigmas = (drawn["sigma_x"], drawn["sigma_y"]) if "sigma_x" in drawn else (drawn["sigma"],) * 2
+    side = drawn.get("side") or 2 * math.ceil(4 * max(sigmas)) + 1
+    theta = math.radians(drawn.get("angle", 0.0))
+    if "beta" not in drawn:
+        return kernels.gaussian_kernel(side, *sigmas, theta)
+    make = kernels.plateau_kernel if kind.startswith("plateau") else kernels.generalized_kernel
+    return make(side, *sigmas, theta, drawn["beta"])
 
 
 def apply(image: Image, drawn: Parameters, workspace: object) -> Image:
-    from pipeline.data.degradations import host, kernels
+    from pipeline.data.degradations import host
+    from pipeline.libraries import cv2
 
-    side = 2 * math.ceil(4 * drawn["sigma"]) + 1
-    return host.filtered(
-        image, kernels.gaussian_kernel(side, drawn["sigma"], drawn["sigma"], 0), workspace
-    )
+    if drawn["kind"] == "median":
+        out = workspace.array("median", image.shape, image.dtype, apart_from=image)
+        return cv2.medianBlur(image, 2 * drawn["radius"] + 1, dst=out)
+    return host.filtered(image, kernel(drawn), workspace)
