@@ -548,13 +548,52 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
+PRESETS = "recipes/degradations"
+"""Folder of the presets: YAML files with what `data.degradation` may contain."""
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the name of a preset in `data.degradation` by its contents.
+
+    A preset is a YAML file in `recipes/degradations/`, or any other by its path; keys beside its
+    name take precedence over those in the file. A run keeps the contents, not the name.
+    """
+    data = values.get("data")
+    if not isinstance(data, Mapping) or "degradation" not in data:
+        return values
+    given = data["degradation"]
+    if isinstance(given, list):
+        expanded: Any = [degradation_of(one) for one in given]
+    else:
+        expanded = degradation_of(given)
+    return {**values, "data": {**data, "degradation": expanded}}
+
+
+def degradation_of(given: Any) -> Any:
+    """Return the contents of a preset that is given by its name; return other values unchanged."""
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if not isinstance(name, str):
+        return given
+    is_path = name.endswith((".yaml", ".yml"))
+    if not is_path and name not in recipe_names(PRESETS):
+        return given
+    path = Path(name).expanduser() if is_path else find_file(f"{PRESETS}/{name}.yaml")
+    if not os.path.isfile(path):
+        raise UserError(f"data.degradation: {name}: no such file")
+    preset = {"name": "chain", **_read_yaml(path)}
+    if preset["name"] == "chain":
+        preset["preset"] = path.stem
+    rest = dict(given) if isinstance(given, Mapping) else {}
+    return {**preset, **{key: value for key, value in rest.items() if key != "name"}}
+
+
 def recipe_of(values: dict[str, Any], where: str) -> Recipe:
     """Build a recipe from plain values.
 
     Raises `UserError` that starts with `where` and lists all faults.
     """
     try:
-        return Recipe.model_validate(_with_current_keys(values))
+        return Recipe.model_validate(_with_preset(_with_current_keys(values)))
     except ValidationError as error:
         raise UserError(
             f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())

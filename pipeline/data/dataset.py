@@ -42,6 +42,7 @@ class Folder:
     lr_paths: dict[str, str] | None = None  # name in a list -> path of its LR file
     # The folder of the LR files, if they are not stored beside HR.
     lr_root: Path | None = None
+    number: int = 0  # position among the folders of a run
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name)
@@ -54,6 +55,7 @@ class Image:
     name: str  # as written in its list
     path: str
     lr_path: str | None
+    folder: int = 0  # position of its folder
 
 
 class LazySequence(Sequence[Item]):
@@ -117,11 +119,10 @@ class Dataset:
 
     @property
     def training_lr_paths(self) -> list[str]:
-        """Paths of the LR files of the training files, for paired training."""
+        """Paths of the LR files of the training files; "" in folders whose LR is not read."""
         return [
-            paths[name]
+            "" if folder.lr_paths is None else folder.lr_paths[name]
             for folder in self.folders
-            for paths in [folder.lr_paths or {}]
             for name in folder.training
         ]
 
@@ -187,28 +188,47 @@ class Dataset:
 
 def _image(folder: Folder, name: str) -> Image:
     return Image(
-        name, folder.path(name), folder.lr_paths[name] if folder.lr_paths is not None else None
+        name,
+        folder.path(name),
+        folder.lr_paths[name] if folder.lr_paths is not None else None,
+        folder.number,
     )
 
 
 def read_dataset(
-    roots: Sequence[Path], *, paired_scale: int | None = None, lr_roots: Sequence[Path] = ()
+    roots: Sequence[Path],
+    *,
+    paired_scale: int | None = None,
+    lr_roots: Sequence[Path] = (),
+    paired_folders: Sequence[bool] = (True,),
 ) -> Dataset:
     """Read the file lists of every root and, with `paired_scale`, find the LR file of each image.
 
     LR files of scale `paired_scale` are stored beside HR (`NAME_lr<scale>.SUFFIX`, as
     tools/pairs_to_data.py writes them) or in the root's own folder in `lr_roots`, matched by name.
-    Raises `UserError` for contradicting options, bad lists and missing LR files.
+    `paired_folders` says which roots have LR files, one value for each or one for all; `lr_roots`
+    has a folder for each root that has. Raises `UserError` for contradicting options, bad lists and
+    missing LR files.
     """
+    if len(paired_folders) not in (1, len(roots)):
+        raise UserError(
+            f"data.degradation lists {len(paired_folders)} degradations for {len(roots)} dataset "
+            f"folder{'s' if len(roots) > 1 else ''}; give one for each --dataset-dir, in the same "
+            "order, or a single one"
+        )
+    paired = list(paired_folders) * (len(roots) if len(paired_folders) == 1 else 1)
     if lr_roots and paired_scale is None:
         raise UserError(
             "--lr-dir has no effect unless LR is read; set data.degradation=paired, or omit it"
         )
-    if lr_roots and len(lr_roots) != len(roots):
+    if lr_roots and len(lr_roots) != sum(paired):
+        which = "" if all(paired) else " whose degradation is paired"
         raise UserError(
-            f"{len(lr_roots)} --lr-dir for {len(roots)} --dataset-dir; give one for each, in the "
-            "same order"
+            f"{len(lr_roots)} --lr-dir for {sum(paired)} --dataset-dir{which}; give one for each, "
+            "in the same order"
         )
+    numbers = [number for number, is_paired in enumerate(paired) if is_paired]
+    lr_root_of = dict(zip(numbers, lr_roots, strict=bool(lr_roots)))
     if len({root.resolve() for root in roots}) != len(roots):
         raise UserError(
             "--dataset-dir names a folder twice; to sample it more often, set data.weights"
@@ -219,17 +239,15 @@ def read_dataset(
             read_file_list(root / name, root) for name in (TRAINING_LIST, VALIDATION_LIST)
         )
         lr_paths = None
-        if paired_scale is not None:
+        lr_root = lr_root_of.get(number)
+        if paired_scale is not None and paired[number]:
             names = list(dict.fromkeys([*training, *validation]))
-            lr_root = lr_roots[number] if lr_roots else None
             lr_paths = (
                 _lr_in_folder(root, names, lr_root, paired_scale)
                 if lr_root
                 else _lr_beside_hr(root, names, paired_scale)
             )
-        folders.append(
-            Folder(root, training, validation, lr_paths, lr_roots[number] if lr_roots else None)
-        )
+        folders.append(Folder(root, training, validation, lr_paths, lr_root, number))
     return Dataset(tuple(folders))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +30,7 @@ class HostDegraded:
         self._pipeline, self._source, self._index = pipeline, source, index
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="degradation")
         self._workspaces = threading.local()
+        self._all_workspaces: list[Workspace] = []
         cv2.setNumThreads(1)  # the pool's threads already use all cores
         self._lr: Any = None  # keeps the memory alive, which DALI's list does not own
 
@@ -36,30 +38,62 @@ class HostDegraded:
         """Return (hr, lr) of the next micro-batch, uint8 NCHW, valid until the next call."""
         from nvidia.dali.tensors import TensorListCPU
 
-        hr, regions = self._pipeline.run()
+        hr, regions, *read = self._pipeline.run()
         drawn = self._source.degraded(self._index)
         side = self._source.crop // self._source.scale
         lr = np.empty((len(drawn), 3, side, side), np.uint8)
         tasks = [
-            self._pool.submit(self._fill, lr[i], np.asarray(regions[i]), *drawn[i])
+            self._pool.submit(
+                self._fill,
+                lr[i],
+                np.asarray(regions[i]),
+                np.asarray(read[0][i]) if read else None,
+                *drawn[i],
+            )
             for i in range(len(drawn))
         ]
         for task in tasks:
             task.result()
         self._index, self._lr = self._index + 1, lr
+        seconds: Counter[str] = Counter()
+        for workspace in self._all_workspaces:
+            seconds.update(workspace.seconds)
+        self._source.step_seconds = seconds
         return hr, TensorListCPU(lr, layout="CHW")
 
-    def _fill(self, planes: Bytes, region: Bytes, sample: Sample, keys: Sequence[int]) -> None:
-        """Fill `planes`, (3, height, width), with the sample's LR, flipped and transposed."""
-        workspace = self._workspaces.__dict__.setdefault("workspace", Workspace())
+    def _fill(
+        self,
+        planes: Bytes,
+        region: Bytes,
+        read: Bytes | None,
+        sample: Sample,
+        keys: Sequence[int],
+    ) -> None:
+        """Fill `planes`, (3, height, width), with the sample's LR, flipped and transposed.
+
+        `read` is the LR that was read from a file, for samples that have one.
+        """
+        workspace = self._workspace()
         source = self._source
         start = sample.top - sample.region[0], sample.left - sample.region[1]
-        lr = source.degradation.lr_on_host(
-            sample.degradation, keys, region, start, (source.crop, source.crop), workspace
-        )
+        if sample.lr_path is not None and read is not None:
+            lr = read
+        else:
+            degradation = source.degradations[sample.folder % len(source.degradations)]
+            lr = degradation.lr_on_host(
+                sample.degradation, keys, region, start, (source.crop, source.crop), workspace
+            )
         if source.lr_noise:
             lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, workspace)
         turn(lr, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)
+
+    def _workspace(self) -> Workspace:
+        """Return the calling thread's workspace."""
+        own: Workspace | None = getattr(self._workspaces, "own", None)
+        if own is None:
+            own = self._workspaces.own = Workspace()
+            self._all_workspaces.append(own)
+        return own
 
 
 def turn(image: Bytes, is_transposed: int, vertical: int, horizontal: int, planes: Bytes) -> None:

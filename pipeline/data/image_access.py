@@ -166,10 +166,13 @@ class ImageFiles:
         suffixes = (
             paths.suffixes()
             if isinstance(paths, LazySequence)
-            else {path[path.rfind(".") :] for path in paths}
+            else {path[path.rfind(".") :] for path in paths if path}
         )
         streamed = [reader.is_decoded_in_graph for reader in {*map(self._reader, suffixes)}]
-        self.has_pixels, self.has_streams = not streamed or not all(streamed), any(streamed)
+        # A sample without a file on this side, whose path is "", gets a dummy in place of pixels.
+        is_partial = not isinstance(paths, LazySequence) and "" in paths
+        self.has_pixels = not streamed or not all(streamed) or is_partial
+        self.has_streams = any(streamed)
         self.columns = [name] if self.has_pixels else []
         if self.has_streams:
             self.columns += [f"{name}_{of}" for of in ("stream", "corner", "shape")]

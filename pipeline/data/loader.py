@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,8 +183,13 @@ def to_torch(dali_tensor: Any, device: torch.device, stream: Any = None) -> Tens
     On a GPU, the copy is allocated and made on `stream`.
     """
     from nvidia.dali.plugin.pytorch import feed_ndarray
+    from nvidia.dali.tensors import TensorCPU
 
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+        if device.type == "cuda" and isinstance(dali_tensor, TensorCPU):
+            # What the host degraded. Pinned memory, so that the copy to the device is only queued.
+            pixels = torch.from_numpy(np.asarray(dali_tensor))
+            return pixels.pin_memory().to(device, non_blocking=True)
         copy = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=device)
         feed_ndarray(dali_tensor, copy, cuda_stream=stream)
     return copy

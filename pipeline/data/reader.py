@@ -20,6 +20,7 @@ from pipeline.cli import UserError
 from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.degradations import build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec
+from pipeline.data.degradations.host import Workspace
 from pipeline.data.degrading import HostDegraded, turn
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
@@ -131,10 +132,13 @@ def training_pipeline(
     """Build the pipeline whose `run` returns (hr, lr), uint8 NCHW, from micro-batch `index` on.
 
     hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale). It is a DALI
-    pipeline, possibly followed by threads of the host. `decodes_on_gpu` matters only on a GPU.
+    pipeline, possibly followed by threads of the host, whose outputs are in the host's memory even
+    if there is a GPU. `decodes_on_gpu` matters only on a GPU.
     """
     from nvidia.dali import fn, pipeline_def
 
+    if source.degrades_on_host:
+        device_id = None
     parts = _TrainingGraph(source, device_id, decodes_on_gpu=decodes_on_gpu)
 
     @pipeline_def(
@@ -188,8 +192,6 @@ class _TrainingGraph:
     def __init__(
         self, source: CropSource, device_id: int | None, *, decodes_on_gpu: bool = True
     ) -> None:
-        if source.degrades_on_host and device_id is not None:
-            raise ValueError("a source that degrades on the host needs a graph on the CPU")
         self.source, self.device_id = source, device_id
         self.decoder = "mixed" if device_id is not None and decodes_on_gpu else "cpu"
         # On a GPU, fn.flip launches one kernel per sample; on a CPU it is the fastest way.
@@ -227,13 +229,20 @@ class _TrainingGraph:
                 else selected
             )
 
-    def outputs(self, nodes: dict[str, Any]) -> tuple[Any, Any]:
-        """Return nodes of HR and LR; if the host degrades, of HR and the region to make LR from."""
+    def outputs(self, nodes: dict[str, Any]) -> tuple[Any, ...]:
+        """Return nodes of HR and LR.
+
+        If the host degrades: of HR, the region to make LR from and, if LR is read for some samples,
+        what was read.
+        """
         if not self.source.degrades_on_host:
             return self.hr_and_lr(nodes)
         # The host makes LR from this region, so its brightness is changed first, as in `hr_and_lr`.
         region = self.brightened(self.pixels(self.source.hr, "hr", nodes), nodes)
-        return self.hr(nodes, region), region
+        if self.source.lr is None:
+            return self.hr(nodes, region), region
+        lr = self.brightened(self.pixels(self.source.lr, "lr", nodes), nodes)
+        return self.hr(nodes, region), region, lr
 
     def hr_and_lr(self, nodes: dict[str, Any]) -> tuple[Any, Any]:
         """Return the graph's HR and LR from the nodes of `columns`."""
@@ -393,11 +402,17 @@ def low_resolution(
     The sides of the image must be multiples of `scale`. Randomness depends only on `seed` and
     `number`, as for training samples, but comes from a separate stream.
     """
-    graph = _whole_image_graph(type(spec), spec.model_dump_json(), scale, pixels.shape[:2])
     # The words are divided as in `CropSource`: the last `KEYS` are keys of the noise, the others
     # give the uniform numbers.
     words = random_words(seed, VALIDATION, number, 1, WORDS)[0]
-    drawn = graph.degradation.draw(iter(uniforms(words[:-KEYS]).tolist()), *pixels.shape[:2])
+    numbers, size = iter(uniforms(words[:-KEYS]).tolist()), pixels.shape[:2]
+    degradation = build_degradation(spec, scale)
+    if not degradation.has_nodes:
+        drawn = degradation.draw(numbers, *size)
+        keys = words[-KEYS:].tolist()
+        return degradation.lr_on_host(drawn, keys, pixels, (0, 0), size, Workspace()).copy()
+    graph = _whole_image_graph(type(spec), spec.model_dump_json(), scale, size)
+    drawn = graph.degradation.draw(numbers, *size)
     arrays = graph.degradation.arrays(drawn, words[-KEYS:].tolist())
     graph.feed[:] = [
         np.ascontiguousarray(pixels),

@@ -91,14 +91,17 @@ class Sampler:
         """
         return random_words(self.seed, DEGRADATION, first, count, per_sample)
 
+    def folder_of(self, file: int) -> int:
+        """Return the position of a file's folder among the folders."""
+        return int(np.searchsorted(self._starts, file, side="right")) - 1
+
     def replacement(self, sample: int, attempt: int) -> int:
         """Return the next file to try for a sample after `attempt` + 1 bad ones.
 
         `attempt` counts from 0. Drawn uniformly from the same folder, so that the shares of the
         folders stay the same.
         """
-        file = int(self.draw(sample, 1).files[0])
-        folder = int(np.searchsorted(self._starts, file, side="right")) - 1
+        folder = self.folder_of(int(self.draw(sample, 1).files[0]))
         word = np.random.Philox(
             key=[self.seed, REPLACEMENT], counter=[sample, attempt, 0, 0]
         ).random_raw(1)[0]

@@ -66,6 +66,7 @@ class Sample:
     degradation: Parameters
     noise_sigma: float  # standard deviation of the noise on LR, in levels (0..255)
     skipped: tuple[Skip, ...]
+    folder: int = 0  # position of its dataset folder
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dict that JSON can represent."""
@@ -76,8 +77,9 @@ class CropSource:
     """Makes the host side of micro-batches, in order, from any starting point.
 
     With `degrades_on_host` (CPU graphs only), LR is made by the degradation's own host chain if it
-    has one. `columns` then omits the arrays that the graph would need for it, and `degraded`
-    returns what was drawn. The samples in `excluded` are made from another file.
+    has one; a degradation that has nothing else is always made on the host. `columns` then omits
+    the arrays that the graph would need for it, and `degraded` returns what was drawn. The samples
+    in `excluded` are made from another file.
     """
 
     def __init__(
@@ -102,12 +104,17 @@ class CropSource:
         )
         self.hr = ImageFiles("hr", hr_paths, self.cache)
         self.lr = ImageFiles("lr", lr_paths, self.cache) if lr_paths is not None else None
-        self.degradation = build_degradation(spec.degradation, scale)
-        self.degrades_on_host = degrades_on_host and self.degradation.has_host_chain
+        # One for each folder, or one for all. With several, the host makes LR, because a graph has
+        # a fixed one.
+        self.degradations = [build_degradation(of, scale) for of in spec.degradation.by_folder]
+        self.degradation = self.degradations[0]
+        self.degrades_on_host = len(self.degradations) > 1 or (
+            self.degradation.has_host_chain and (degrades_on_host or not self.degradation.has_nodes)
+        )
         self.lr_noise = LrNoise(spec.lr_noise) if spec.lr_noise.probability else None
         self.has_brightness = spec.brightness.probability > 0
         # Making LR needs pixels around the crop; paired LR does not.
-        self.has_margin = self.lr is None
+        self.has_margin = not all(spec.degradation.paired_folders)
         # In the order in which `make` returns the arrays.
         self.columns = (
             *self.hr.columns,
@@ -129,6 +136,8 @@ class CropSource:
         self.bad: dict[str, str] = {}  # path -> reason of the files that were skipped
         self.end: int | None = None  # the first micro-batch that is not made
         self.failure: Exception | None = None  # why it is not made
+        # Seconds that each kind of degradation step has taken on the host so far, over all threads.
+        self.step_seconds: Mapping[str, float] = {}
         self._made: dict[int, list[Sample]] = {}  # samples of micro-batches that were not taken yet
 
     @classmethod
@@ -157,7 +166,7 @@ class CropSource:
             spec,
             scale=scale,
             position=position,
-            lr_paths=dataset.training_lr_paths if spec.degradation.reads_lr else None,
+            lr_paths=(dataset.training_lr_paths if any(spec.degradation.paired_folders) else None),
             degrades_on_host=degrades_on_host,
             excluded=excluded,
         )
@@ -196,7 +205,7 @@ class CropSource:
                     for side in (self.hr, self.lr)
                     if side
                     for file in self.sampler.draw(first, count).files.tolist()
-                    if side.is_cached(file)
+                    if side.paths[file] and side.is_cached(file)
                 ]
             )
         made = [*self._samples(first, count, is_read=True)]
@@ -255,7 +264,8 @@ class CropSource:
             return [path for sample in made for path in (sample.path, sample.lr_path) if path]
         first = self.first_sample(index)
         files = self.sampler.draw(first, self.position.micro_batch).files.tolist()
-        return [side.paths[file] for side in (self.hr, self.lr) if side for file in files]
+        paths = [side.paths[file] for side in (self.hr, self.lr) if side for file in files]
+        return [path for path in paths if path]
 
     def take_skips(self, index: int) -> tuple[Skip, ...]:
         """Return the files skipped for micro-batch `index`, and forget it and all earlier ones."""
@@ -342,6 +352,8 @@ class CropSource:
         *,
         is_read: bool,
     ) -> tuple[Sample, Part, Part]:
+        folder = self.sampler.folder_of(file)
+        degradation = self.degradations[folder % len(self.degradations)]
         hr, lr = self._open_pair(file)
         height, width, scale = (
             hr.height - hr.height % self.scale,
@@ -354,8 +366,8 @@ class CropSource:
         left = anchor(draws.left[i], width, self.crop, scale)
         # From here on, `randoms` are used up in a fixed order. In another order a continued run
         # would draw other samples.
-        above, before = self.degradation.place(randoms)
-        extent = self.crop + self.degradation.surroundings
+        above, before = degradation.place(randoms)
+        extent = self.crop + degradation.surroundings
         region_height, region_width = min(extent, height), min(extent, width)
         # At the photograph's border the region is moved inwards instead of being cut, so that all
         # regions have the same size, unless the photograph is smaller than that.
@@ -365,7 +377,7 @@ class CropSource:
             region_height,
             region_width,
         )
-        degradation = self.degradation.draw(randoms, region_height, region_width)
+        drawn = degradation.draw(randoms, region_height, region_width)
         sigma = self.lr_noise.draw(randoms) if self.lr_noise else 0.0
         is_brightened, fraction = draws.brightness[i]
         low, high = self.spec.brightness.range
@@ -377,7 +389,7 @@ class CropSource:
         sample = Sample(
             int(draws.samples[i]),
             self.hr.paths[file],
-            self.lr.paths[file] if self.lr else None,
+            (self.lr.paths[file] or None) if self.lr else None,
             top,
             left,
             region,
@@ -385,9 +397,10 @@ class CropSource:
             int(draws.flip_horizontal[i]),
             int(draws.transpose[i]),
             float(brightness),
-            degradation,
+            drawn,
             sigma,
             skipped,
+            folder,
         )
         if not is_read:
             return sample, NO_PART, NO_PART
@@ -404,7 +417,7 @@ class CropSource:
             # A file that is known to be bad fails in the same way as one that is found to be bad
             # now. Otherwise the numbers of the attempts, and with them the replacements, would
             # depend on history.
-            if side and side.paths[file] in self.bad:
+            if side and side.paths[file] and side.paths[file] in self.bad:
                 raise BadFileError(side.paths[file], self.bad[side.paths[file]])
         hr = self.hr.open(file)
         if hr.profile:
@@ -416,7 +429,7 @@ class CropSource:
                 "lower data.crop, or remove such files with `python tools/check_training_data.py "
                 f"--clean --min-size {self.crop}`, then select the training files again",
             )
-        if self.lr is None:
+        if self.lr is None or not self.lr.paths[file]:
             return hr, None
         lr = self.lr.open(file)
         if lr.profile:

@@ -12,11 +12,13 @@ from pydantic import BeforeValidator, Field
 
 from pipeline.cli import nearest
 from pipeline.data.degradations import KINDS
-from pipeline.data.degradations.base import NoiseSpec
+from pipeline.data.degradations.base import DegradationSpec, NoiseSpec
 from pipeline.data.degradations.bicubic import BicubicSpec
+from pipeline.installation import recipe_names
 from pipeline.spec import Factor, Probability, Spec
 
 AnyDegradation = Union[tuple(kind.Spec for kind in KINDS)]  # type: ignore[valid-type]  # noqa: UP007
+PER_FOLDER = "per_folder"
 
 
 class BrightnessSpec(Spec):
@@ -27,17 +29,37 @@ class BrightnessSpec(Spec):
 
 
 def _named(value: Any) -> Any:
-    """Expand `degradation: gaussian` to `degradation: {name: gaussian}`; bicubic is the default."""
+    """Expand `degradation: gaussian` to `degradation: {name: gaussian}`; bicubic is the default.
+
+    A list stands for one degradation per dataset folder.
+    """
     if isinstance(value, str):
         value = {"name": value}
+    if isinstance(value, list | tuple):
+        value = {"name": PER_FOLDER, "folders": value}
     if isinstance(value, dict):
         value = {"name": "bicubic", **value}
-        known = [kind.Spec.model_fields["name"].default for kind in KINDS]
+        known = [*(kind.Spec.model_fields["name"].default for kind in KINDS), PER_FOLDER]
         if value["name"] not in known:
+            known += recipe_names("recipes/degradations")
             raise ValueError(
-                f"no degradation named {value['name']!r}{nearest(str(value['name']), known)}"
+                f"no degradation named {value['name']!r}{nearest(str(value['name']), known)}; "
+                f"there are {', '.join(known)}, and YAML files of your own by their path"
             )
     return value
+
+
+class PerFolderSpec(DegradationSpec):
+    """Another degradation for each dataset folder. In a recipe, a list of degradations."""
+
+    name: Literal["per_folder"] = "per_folder"
+    folders: tuple[
+        Annotated[AnyDegradation, Field(discriminator="name"), BeforeValidator(_named)], ...
+    ] = Field(min_length=1, description="degradations, in the order of the dataset folders")
+
+    @property
+    def by_folder(self) -> tuple[DegradationSpec, ...]:
+        return self.folders
 
 
 MAX_THREADS, MAX_AUTOMATIC_THREADS = 64, 16
@@ -68,8 +90,12 @@ class DataSpec(Spec):
         "uniformly",
     )
     brightness: BrightnessSpec = BrightnessSpec()
-    degradation: Annotated[AnyDegradation, Field(discriminator="name"), BeforeValidator(_named)] = (
-        Field(BicubicSpec(), description="how LR is made from HR; paired reads LR files instead")
+    degradation: Annotated[
+        AnyDegradation | PerFolderSpec, Field(discriminator="name"), BeforeValidator(_named)
+    ] = Field(
+        BicubicSpec(),
+        description="how LR is made from HR; paired reads LR files instead; a list has one "
+        "degradation per dataset folder",
     )
     lr_noise: NoiseSpec = NoiseSpec()
     cache_gb: float = Field(

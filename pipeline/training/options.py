@@ -17,6 +17,7 @@ from pipeline.cli import UserError
 from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime, load_ds_config
 from pipeline.config.recipe import Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
+from pipeline.data.degradations import build_degradation
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.distributed.launcher import find_rank_info
 from pipeline.files import check_utf8
@@ -303,8 +304,12 @@ def _dataset(options: TrainOptions, recipe: Recipe) -> Dataset:
     dataset = read_dataset(
         dataset_dirs(options),
         lr_roots=[path.expanduser() for path in options.lr_dir],
-        paired_scale=recipe.scale if recipe.data.degradation.reads_lr else None,
+        paired_scale=recipe.scale if any(recipe.data.degradation.paired_folders) else None,
+        paired_folders=recipe.data.degradation.paired_folders,
     )
+    for degradation in recipe.data.degradation.by_folder:
+        # Names what this machine lacks for it before anything is moved or started.
+        build_degradation(degradation, recipe.scale)
     if recipe.data.weights and len(recipe.data.weights) != len(dataset.folders):
         raise UserError(
             f"data.weights has {len(recipe.data.weights)} numbers for {len(dataset.folders)} "

@@ -44,7 +44,7 @@ def read_previews(recipe: Recipe, dataset: Dataset) -> list[ValidationPair]:
     if spec.count == 0:
         return []
     if spec.files:
-        if recipe.data.degradation.reads_lr:
+        if any(recipe.data.degradation.paired_folders):
             raise UserError(
                 "previews.files: this recipe reads LR files, so its previews are taken from the "
                 "validation list; omit previews.files"

@@ -184,7 +184,8 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
         )
     pixels = np.ascontiguousarray(pixels[:height, :width])
     if image.lr_path is None:
-        lr = low_resolution(pixels, recipe.data.degradation, scale, seed=recipe.seed, number=number)
+        degradation = recipe.data.degradation.of_folder(getattr(image, "folder", 0))
+        lr = low_resolution(pixels, degradation, scale, seed=recipe.seed, number=number)
     else:
         lr = _read(image.lr_path)
         if lr.shape[:2] != (height // scale, width // scale):

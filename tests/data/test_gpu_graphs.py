@@ -205,17 +205,17 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
     assert counts["Transpose"] == counts["CropMirrorNormalize"] == 2
 
 
-def test_a_source_that_degrades_on_the_host_is_not_for_a_gpu(tmp_path: Path) -> None:
-    crops = source(
-        tmp_path,
-        photographs(tmp_path, (96, 96)),
-        scale=2,
-        micro_batch=1,
-        degradation="realesrgan",
-        degrades_on_host=True,
-    )
-    with pytest.raises(ValueError, match="needs a graph on the CPU"):
-        training_pipeline(crops, 0, device_id=0, threads=1, prefetch=1)
+def test_what_the_host_degrades_does_not_touch_the_gpu(tmp_path: Path) -> None:
+    names = photographs(tmp_path, (96, 96))
+    chain = {"name": "chain", "steps": ["blur", "noise"]}
+    made = []
+    for device_id in (0, None):
+        crops = source(tmp_path, names, scale=2, micro_batch=2, degradation=chain)
+        assert crops.degrades_on_host
+        pipeline = training_pipeline(crops, 0, device_id=device_id, threads=1, prefetch=1)
+        made.append([np.array(side.as_array()) for side in pipeline.run()])
+    for on_gpu, on_cpu in zip(*made, strict=True):
+        np.testing.assert_array_equal(on_gpu, on_cpu)
 
 
 # GPU-specific parts of the graphs, run on the CPU.

@@ -22,5 +22,10 @@ KINDS: list[type[Degradation]] = [
 
 
 def build_degradation(spec: DegradationSpec, scale: int) -> Degradation:
-    """Build the degradation for a recipe's `data.degradation`."""
-    return next(kind for kind in KINDS if kind.Spec is type(spec))(spec, scale)
+    """Build the degradation for a recipe's `data.degradation`.
+
+    Raises `UserError` if this machine lacks something that it needs.
+    """
+    degradation = next(kind for kind in KINDS if kind.Spec is type(spec))(spec, scale)
+    degradation.check()
+    return degradation

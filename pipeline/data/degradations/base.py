@@ -37,6 +37,20 @@ class DegradationSpec(Spec):
     reads_lr: ClassVar[bool] = False  # whether LR is read from disk and not made from HR
     name: str
 
+    @property
+    def by_folder(self) -> tuple[DegradationSpec, ...]:
+        """The degradation of each dataset folder, or the only one, which is that of all folders."""
+        return (self,)
+
+    def of_folder(self, number: int) -> DegradationSpec:
+        """Return the degradation of a dataset folder, given its position among the folders."""
+        return self.by_folder[number % len(self.by_folder)]
+
+    @property
+    def paired_folders(self) -> tuple[bool, ...]:
+        """Whether LR is read, for each of `by_folder`."""
+        return tuple(spec.reads_lr for spec in self.by_folder)
+
 
 class Degradation:
     """Base of all degradations. Without a `draw` of its own, a degradation has no randomness."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes, OnDevice
+from pipeline.data.degradations.base import (
+    Degradation,
+    DegradationSpec,
+    Nodes,
+    OnDevice,
+    Parameters,
+)
 
 
 class BicubicSpec(DegradationSpec):
@@ -48,3 +56,22 @@ class Bicubic(Degradation):
             antialias=True,
             dtype=types.FLOAT if as_float else types.UINT8,
         )
+
+    def lr_on_host(
+        self,
+        parameters: Parameters,
+        keys: Sequence[int],
+        region: NDArray[Any],
+        start: tuple[int, int],
+        size: tuple[int, int],
+        workspace: Any,
+    ) -> NDArray[Any]:
+        from pipeline.data.degradations import host
+
+        low = region.shape[0] // self.scale, region.shape[1] // self.scale
+        lr = host.resampled(region, low, "cubic_antialiased", workspace)
+        (top, left), (height, width) = (
+            [side // self.scale for side in place] for place in (start, size)
+        )
+        part = np.ascontiguousarray(lr[top : top + height, left : left + width])
+        return host.rounded(part, workspace)

@@ -81,3 +81,23 @@ class Gaussian(Degradation):
             antialias=False,
         )
         return lr if as_float else fn.cast(lr, dtype=types.UINT8)
+
+    def lr_on_host(
+        self,
+        parameters: Parameters,
+        keys: Sequence[int],
+        region: NDArray[Any],
+        start: tuple[int, int],
+        size: tuple[int, int],
+        workspace: Any,
+    ) -> NDArray[Any]:
+        from pipeline.data.degradations import host
+
+        kernel = kernels.offset_gaussian(parameters["sigma"], self.scale)
+        blurred = host.filtered(region, kernel, workspace)
+        first = self.scale // 2
+        (top, left), (height, width) = start, size
+        part = blurred[top : top + height, left : left + width]
+        return host.rounded(
+            np.ascontiguousarray(part[first :: self.scale, first :: self.scale]), workspace
+        )

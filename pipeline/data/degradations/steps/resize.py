@@ -92,8 +92,11 @@ class ResizeSpec(StepSpec):
 
     @model_validator(mode="after")
     def _one_target(self) -> ResizeSpec:
+        # Defaults may be written out, as in the recipe that a run keeps.
         by_factor = [
-            name for name in ("factor", "direction", "of") if name in self.model_fields_set
+            name
+            for name in ("factor", "direction", "of")
+            if getattr(self, name) != ResizeSpec.model_fields[name].default
         ]
         if self.to and by_factor:
             raise ValueError(
