@@ -49,8 +49,8 @@ def check_kind(name: str, drawn: Mapping[str, Any]) -> None:
     """Check what holds for every step at fixed parameters.
 
     Any size is accepted, bytes and levels beyond 0..255 are; the bytes given are not overwritten;
-    the result has the size that was drawn, and is the same every time: with a used workspace, and
-    in four threads at once.
+    the result has the size that was drawn, and is the same every time: with a used workspace, on
+    an image in the workspace's own memory, and in four threads at once.
     """
     apply, images = (
         STEPS[name].apply,
@@ -62,6 +62,13 @@ def check_kind(name: str, drawn: Mapping[str, Any]) -> None:
         assert result.flags.c_contiguous
         assert list(result.shape) == [*drawn.get("size", image.shape[:2]), 3]
         assert np.isfinite(result).all()
+
+    # A step's result, which may be in memory of the workspace, is what the next step gets.
+    workspace = Workspace()
+    chained, apart = unclipped(4, 34, 27), unclipped(4, 34, 27)
+    for _ in range(3):
+        chained, apart = apply(chained, dict(drawn), workspace), applied(name, apart, drawn)
+        assert chained.tobytes() == apart.tobytes()
 
     def everything(_: int) -> list[bytes]:
         workspace, results = Workspace(), []

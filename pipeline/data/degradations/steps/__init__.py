@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from pipeline.data.degradations.steps import banding, blur, chroma, dither, noise, resize
+from pipeline.data.degradations.steps import (
+    banding,
+    blur,
+    chroma,
+    dither,
+    halo,
+    noise,
+    resize,
+    ringing,
+    sharpen,
+)
 from pipeline.data.degradations.steps.base import Step
 
 STEPS: dict[str, Step] = {
@@ -10,6 +20,9 @@ STEPS: dict[str, Step] = {
     "blur": Step(blur.BlurSpec, blur.draw, blur.apply),
     "chroma": Step(chroma.ChromaSpec, chroma.draw, chroma.apply),
     "dither": Step(dither.DitherSpec, dither.draw, dither.apply),
+    "halo": Step(halo.HaloSpec, halo.draw, halo.apply),
     "noise": Step(noise.NoiseSpec, noise.draw, noise.apply),
     "resize": Step(resize.ResizeSpec, resize.draw, resize.apply),
+    "ringing": Step(ringing.RingingSpec, ringing.draw, ringing.apply),
+    "sharpen": Step(sharpen.SharpenSpec, sharpen.draw, sharpen.apply),
 }

@@ -1,0 +1,128 @@
+"""Sharpening by an unsharp mask: a blurred image is subtracted, and the difference amplified."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from pipeline.data.degradations.steps.base import (
+    Canvas,
+    Draws,
+    Image,
+    Parameters,
+    StepSpec,
+    levels,
+    shares_of,
+)
+from pipeline.spec import Levels, Range, Sigma, within
+
+HR_SIGMA, HR_AMOUNT, HR_THRESHOLD = 8.0, 0.5, 10.0  # published: kernel of side 51, weight 0.5
+
+
+class SharpenSpec(StepSpec):
+    """Sharpening by an unsharp mask."""
+
+    kind: shares_of("unsharp", "usm") = Field(  # type: ignore[valid-type]
+        {"unsharp": 1.0},
+        description="relative probability of each kind: unsharp, as of image editors; usm, "
+        "Real-ESRGAN's, whose mask is blurred and which does not leave 0..255 by itself",
+    )
+    sigma: Sigma = Field(
+        (0.5, 2.0), description="range of the blur's standard deviation in pixels, uniform"
+    )
+    amount: Annotated[Range, within(0, 20)] = Field(
+        (0.3, 1.5), description="range of the factor of the difference, uniform; 1 doubles edges"
+    )
+    threshold: Levels = Field(
+        (0.0, 3.0),
+        description="range of the difference in levels (0..255) up to which nothing is sharpened",
+    )
+
+
+def draw(spec: SharpenSpec, draws: Draws, canvas: Canvas) -> Parameters:
+    return {
+        "kind": draws.choose(spec.kind),
+        "sigma": draws.between(spec.sigma),
+        "amount": draws.between(spec.amount),
+        "threshold": draws.between(spec.threshold),
+    }
+
+
+def apply(image: Image, drawn: Parameters, workspace: object) -> Image:
+    sharpened = _by_soft_mask if drawn["kind"] == "usm" else _by_hard_mask
+    return sharpened(levels(image), drawn["sigma"], drawn["amount"], drawn["threshold"], workspace)
+
+
+def sharpened_hr(image: Image, workspace: object) -> NDArray[np.float32]:
+    """Return HR as Real-ESRGAN sharpens it for training: float32 levels in 0..255, unrounded.
+
+    `image` is (height, width, 3), uint8 or float32 in 0..255, and is not changed. BasicSR's
+    USMSharp(radius=50), weight 0.5, threshold 10: the kernel is OpenCV's of side 51.
+    """
+    return _by_soft_mask(levels(image), HR_SIGMA, HR_AMOUNT, HR_THRESHOLD, workspace)
+
+
+def _by_hard_mask(
+    image: NDArray[np.float32], sigma: float, amount: float, threshold: float, workspace: object
+) -> NDArray[np.float32]:
+    """image + amount d where |d| > threshold; d is the image less its blur."""
+    from pipeline.libraries import cv2
+
+    detail = _detail(image, sigma, 2 * math.ceil(4 * sigma) + 1, workspace)
+    if threshold:
+        cv2.multiply(detail, _above(detail, threshold, image, workspace), dst=detail)
+    return cv2.scaleAdd(detail, amount, image, dst=detail)
+
+
+def _by_soft_mask(
+    image: NDArray[np.float32], sigma: float, amount: float, threshold: float, workspace: object
+) -> NDArray[np.float32]:
+    """m clip(image + amount d) + (1 - m) image; m is the blur of |d| > threshold."""
+    from pipeline.data.degradations import host
+    from pipeline.libraries import cv2
+
+    # OpenCV's rule gives sigma = 0.3 (side / 2 - 1.5) + 0.8 to a side.
+    side = 2 * max(round((sigma - 0.8) / 0.3 + 1), math.ceil(2 * sigma)) + 1
+    detail = _detail(image, sigma, side, workspace)
+    mask = _above(detail, threshold, image, workspace)
+    sharper = cv2.scaleAdd(detail, amount, image, dst=detail)
+    np.clip(sharper, 0, 255, out=sharper)
+    change = cv2.subtract(sharper, image, dst=detail)
+    # Blurring the mask may overwrite the image, whose memory may be that of a former blur.
+    result = workspace.array("sharpened", image.shape, apart_from=image)
+    result[...] = image
+    soft = host.filtered(mask, _kernel(sigma, side), workspace)
+    return cv2.add(result, cv2.multiply(change, soft, dst=change), dst=result)
+
+
+def _kernel(sigma: float, side: int) -> NDArray[np.float32]:
+    from pipeline.data.degradations import kernels
+
+    return kernels.gaussian_kernel(side, sigma, sigma, 0)
+
+
+def _detail(
+    image: NDArray[np.float32], sigma: float, side: int, workspace: object
+) -> NDArray[np.float32]:
+    """Return the image less its blur, in memory apart from the image's."""
+    from pipeline.data.degradations import host
+    from pipeline.libraries import cv2
+
+    blurred = host.filtered(image, _kernel(sigma, side), workspace)
+    out = workspace.array("detail", image.shape, apart_from=image)
+    return cv2.subtract(image, blurred, dst=out)
+
+
+def _above(
+    detail: NDArray[np.float32], threshold: float, image: NDArray[np.float32], workspace: object
+) -> NDArray[np.float32]:
+    """Return 1 where |detail| > threshold, otherwise 0, in memory apart from the image's."""
+    from pipeline.libraries import cv2
+
+    mask = workspace.array("mask", detail.shape, apart_from=image)
+    np.abs(detail, out=mask)
+    return cv2.threshold(mask, threshold, 1, cv2.THRESH_BINARY, dst=mask)[1]
