@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.degradations.host import Workspace
+from pipeline.data.degradations.host import Workspace, rounded
+from pipeline.data.degradations.steps.sharpen import sharpened_hr
 from pipeline.data.source import CropSource, Sample
 from pipeline.libraries import cv2
 
@@ -32,7 +34,8 @@ class HostDegraded:
         self._workspaces = threading.local()
         self._all_workspaces: list[Workspace] = []
         cv2.setNumThreads(1)  # the pool's threads already use all cores
-        self._lr: Any = None  # keeps the memory alive, which DALI's list does not own
+        self._hr: Any = None  # these keep the memory alive, which DALI's lists do not own
+        self._lr: Any = None
 
     def run(self) -> tuple[Any, Any]:
         """Return (hr, lr) of the next micro-batch, uint8 NCHW, valid until the next call."""
@@ -42,9 +45,17 @@ class HostDegraded:
         drawn = self._source.degraded(self._index)
         side = self._source.crop // self._source.scale
         lr = np.empty((len(drawn), 3, side, side), np.uint8)
+        # HR that the graph has cut out is replaced if it must be sharpened.
+        sharpened = np.empty(
+            (len(drawn), 3, self._source.crop, self._source.crop)
+            if self._source.spec.sharpen_hr
+            else 0,
+            np.uint8,
+        )
         tasks = [
             self._pool.submit(
                 self._fill,
+                sharpened[i] if sharpened.size else None,
                 lr[i],
                 np.asarray(regions[i]),
                 np.asarray(read[0][i]) if read else None,
@@ -59,10 +70,13 @@ class HostDegraded:
         for workspace in self._all_workspaces:
             seconds.update(workspace.seconds)
         self._source.step_seconds = seconds
+        if sharpened.size:
+            self._hr, hr = sharpened, TensorListCPU(sharpened, layout="CHW")
         return hr, TensorListCPU(lr, layout="CHW")
 
     def _fill(
         self,
+        hr_planes: Bytes | None,
         planes: Bytes,
         region: Bytes,
         read: Bytes | None,
@@ -71,11 +85,19 @@ class HostDegraded:
     ) -> None:
         """Fill `planes`, (3, height, width), with the sample's LR, flipped and transposed.
 
+        If HR is sharpened, `hr_planes` are filled with it in the same way.
         `read` is the LR that was read from a file, for samples that have one.
         """
         workspace = self._workspace()
         source = self._source
         start = sample.top - sample.region[0], sample.left - sample.region[1]
+        turns = sample.transpose, sample.flip_vertical, sample.flip_horizontal
+        if hr_planes is not None:
+            began, (top, left), size = time.perf_counter(), start, source.crop
+            # A copy, because steps use the workspace again.
+            region = rounded(sharpened_hr(region, workspace), workspace).copy()
+            turn(region[top : top + size, left : left + size], *turns, hr_planes)
+            workspace.took("sharpen_hr", time.perf_counter() - began)
         if sample.lr_path is not None and read is not None:
             lr = read
         else:
@@ -85,7 +107,7 @@ class HostDegraded:
             )
         if source.lr_noise:
             lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, workspace)
-        turn(lr, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)
+        turn(lr, *turns, planes)
 
     def _workspace(self) -> Workspace:
         """Return the calling thread's workspace."""

@@ -18,9 +18,10 @@ import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.decoding import BadFileError, decoding_fault
-from pipeline.data.degradations import build_degradation
-from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec
+from pipeline.data.degradations import build_degradation, kernels
+from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec, filtered
 from pipeline.data.degradations.host import Workspace
+from pipeline.data.degradations.steps.sharpen import HR_AMOUNT, HR_SIGMA, HR_THRESHOLD
 from pipeline.data.degrading import HostDegraded, turn
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
@@ -201,7 +202,13 @@ class _TrainingGraph:
         # transpose it and to change its layout: 320 to 415 us for a crop of 256 (slice 190, flip
         # 25, conditional 50, layout 55 to 150) against 60. That is a fifth of the time of a whole
         # sample.
-        self.turns_on_host = device_id is None and source.has_margin and not source.hr.has_streams
+        self.turns_on_host = (
+            device_id is None
+            and source.has_margin
+            and not source.hr.has_streams
+            # The crop would be cut out before it is sharpened.
+            and (source.degrades_on_host or not source.spec.sharpen_hr)
+        )
         # If the host both flips and degrades, no node reads these columns.
         unused = {*TURNS, "start"} if self.turns_on_host and source.degrades_on_host else set()
         self.columns = (
@@ -250,6 +257,8 @@ class _TrainingGraph:
         # Brightness belongs to the photograph: changed before LR is made, it reaches both sides. LR
         # that is read from a file was made from the unchanged HR, so it gets the same factor.
         region = self.brightened(self.pixels(source.hr, "hr", nodes), nodes)
+        if source.spec.sharpen_hr:
+            region = self.sharpened(region)
         if source.lr:
             nodes["lr"] = self.brightened(self.pixels(source.lr, "lr", nodes), nodes)
         # LR is made from HWC bytes: on CHW, after the transpose, the resize takes twice as long,
@@ -311,6 +320,22 @@ class _TrainingGraph:
             if self.source.has_brightness
             else image
         )
+
+    def sharpened(self, image: Any) -> Any:
+        """Return a node of HR bytes sharpened as by `steps.sharpen.sharpened_hr`."""
+        from nvidia.dali import fn, math, types
+
+        line = kernels.gaussian_kernel(51, HR_SIGMA, HR_SIGMA, 0).sum(axis=0)
+        lines = [self.on_device(types.Constant(one)) for one in (line[None], line[:, None])]
+
+        def blurred(levels: Any) -> Any:
+            return filtered(filtered(levels, lines[0]), lines[1])
+
+        levels = fn.cast(image, dtype=types.FLOAT)
+        detail = levels - blurred(levels)
+        mask = blurred(fn.cast(math.abs(detail) > HR_THRESHOLD, dtype=types.FLOAT))
+        sharper = math.clamp(levels + detail * HR_AMOUNT, 0.0, 255.0)
+        return fn.cast(levels + mask * (sharper - levels), dtype=types.UINT8)
 
     def turned(
         self, image: Any, nodes: dict[str, Any], size: tuple[int, int], start: Any = None

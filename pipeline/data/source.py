@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.cli import UserError
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import build_degradation
-from pipeline.data.degradations.base import KEYS, WORDS, LrNoise, Parameters
+from pipeline.data.degradations.base import KEYS, SHARPENING_REACH, WORDS, LrNoise, Parameters
 from pipeline.data.image_access import NO_PART, ImageCache, ImageFiles, OpenedFile, Part, Region
 from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
@@ -367,7 +367,12 @@ class CropSource:
         # From here on, `randoms` are used up in a fixed order. In another order a continued run
         # would draw other samples.
         above, before = degradation.place(randoms)
-        extent = self.crop + degradation.surroundings
+        surroundings = degradation.surroundings
+        if self.spec.sharpen_hr:
+            reach = -(-SHARPENING_REACH // scale) * scale
+            above, before = above + reach, before + reach
+            surroundings += 2 * reach
+        extent = self.crop + surroundings
         region_height, region_width = min(extent, height), min(extent, width)
         # At the photograph's border the region is moved inwards instead of being cut, so that all
         # regions have the same size, unless the photograph is smaller than that.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.cli import nearest
 from pipeline.data.degradations import KINDS
@@ -98,6 +98,11 @@ class DataSpec(Spec):
         "degradation per dataset folder",
     )
     lr_noise: NoiseSpec = NoiseSpec()
+    sharpen_hr: bool = Field(
+        False,
+        description="sharpen HR before LR is made, as published for Real-ESRGAN (unsharp mask of "
+        "sigma 8, weight 0.5, threshold 10); images for validation are not sharpened",
+    )
     cache_gb: float = Field(
         0,
         ge=0,
@@ -120,6 +125,15 @@ class DataSpec(Spec):
         f"cores, at most {MAX_AUTOMATIC_THREADS}",
     )
     prefetch: int = Field(3, ge=1, le=16, description="number of batches prepared in advance")
+
+    @model_validator(mode="after")
+    def _makes_lr(self) -> DataSpec:
+        if self.sharpen_hr and any(self.degradation.paired_folders):
+            raise ValueError(
+                "sharpen_hr needs LR that is made from HR, but a degradation is paired; sharpen "
+                "the HR files themselves, or omit sharpen_hr"
+            )
+        return self
 
 
 def num_threads(threads: int | Literal["auto"], cores: int | None = None) -> int:

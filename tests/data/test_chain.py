@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from test_degradations import photographs, undone
@@ -16,10 +17,11 @@ from conftest import photograph
 from pipeline.cli import UserError
 from pipeline.config.recipe import Recipe, degradation_of, load_stages, recipe_of
 from pipeline.data.dataset import Dataset, Folder, read_dataset
-from pipeline.data.degradations import build_degradation
+from pipeline.data.degradations import build_degradation, host
 from pipeline.data.degradations.chain import Chain, ChainSpec, label, run
 from pipeline.data.degradations.host import Workspace
 from pipeline.data.degradations.steps import STEPS
+from pipeline.data.degradations.steps.sharpen import sharpened_hr
 from pipeline.data.image_files import write_file_list
 from pipeline.data.reader import low_resolution, training_pipeline
 from pipeline.data.sampling import random_words, uniforms
@@ -261,8 +263,6 @@ def test_each_folder_has_a_degradation_of_its_own(tmp_path: Path) -> None:
         write_file_list(root / "validation_file_list.txt", names[:1])
         folders.append((root, names))
     for name in folders[1][1]:  # LR that no degradation would make
-        import cv2
-
         stem = name.rsplit(".", 1)[0]
         pixels = cv2.imread(str(folders[1][0] / name))
         assert cv2.imwrite(str(folders[1][0] / f"{stem}_lr2.png"), 255 - pixels[::2, ::2])
@@ -321,3 +321,31 @@ def _first_of_four(hr: np.ndarray, sample: Any) -> np.ndarray:
     if sample.flip_horizontal:
         image = image[:, ::-1]
     return image.transpose(2, 1, 0) if sample.transpose else image.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".png"])
+def test_hr_is_sharpened_before_lr_is_made(tmp_path: Path, suffix: str) -> None:
+    """By the host and by the graph, which agree up to rounding; LR is made of what HR shows."""
+    names = photographs(tmp_path, (200, 230), (240, 190), suffix=suffix)
+    folder = [Folder(tmp_path, names, [])]
+    steps = [{"resize": {"to": "lr", "kind": "area"}}]
+    chain = {"degradation": {"name": "chain", "steps": steps}, "sharpen_hr": True}
+    crops = source(folder, micro_batch=12, **chain)
+    hr, lr = batches(crops, 1)
+    for i, sample in enumerate(crops.samples(0, 12)):
+        path = Path(sample.path)
+        pixels = np.load(path) if suffix == ".npy" else cv2.imread(str(path))[..., ::-1]
+        whole_image = host.rounded(sharpened_hr(pixels, Workspace()), Workspace())
+        expected = whole_image[sample.top : sample.top + 32, sample.left : sample.left + 32]
+        # Sums of a filter may be rounded differently in another place of an image.
+        assert np.abs(undone(hr[i], sample).astype(int) - expected).max() <= 1
+        plain = pixels[sample.top : sample.top + 32, sample.left : sample.left + 32]
+        assert np.abs(expected.astype(int) - plain).max() > 3
+    assert np.abs(lr - hr.reshape(12, 3, 16, 2, 16, 2).mean((3, 5))).max() <= 1
+    graph = source(folder, micro_batch=12, degradation="bicubic", sharpen_hr=True)
+    assert not graph.degrades_on_host
+    by_graph, low = batches(graph, 1)
+    assert np.abs(by_graph.astype(int) - hr).max() <= 1
+    assert np.abs(low - by_graph.reshape(12, 3, 16, 2, 16, 2).mean((3, 5))).mean() < 2
+    with pytest.raises(ValueError, match="sharpen_hr needs LR that is made"):
+        DataSpec.model_validate({"degradation": "paired", "sharpen_hr": True})

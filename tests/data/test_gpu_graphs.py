@@ -44,6 +44,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
         (".jpg",),
         {"degradation": {"name": "realesrgan", "second": {"resize_range": (0.3, 3)}}},
     ),
+    "sharpened": ((".npy", ".jpg"), {"degradation": "realesrgan", "sharpen_hr": True} | BRIGHT),
     "paired": ((".npy",), {"degradation": "paired"}),
     "paired JPEG": ((".npy", ".jpg"), {"degradation": "paired"} | NOISE),
 }

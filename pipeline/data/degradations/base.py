@@ -23,6 +23,8 @@ Parameters = dict[str, Any]
 """The random choices for a sample: names, numbers and lists or tables of these, as JSON allows."""
 OnDevice = Callable[[Any], Any]
 
+# HR pixels around a crop on which its sharpened pixels depend: two kernels of side 51.
+SHARPENING_REACH = 50
 # Random words per sample for its degradation: 2 x 32 uniform numbers and 8 noise keys.
 WORDS = 40
 KEYS = 8
