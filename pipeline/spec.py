@@ -25,9 +25,11 @@ Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False
 
 
 def _both_ends(value: Any) -> Any:
-    return (
-        (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value, value
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{value!r} is neither a number nor a range [low, high]")
+    return value
 
 
 def within(lowest: float, highest: float = math.inf) -> AfterValidator:

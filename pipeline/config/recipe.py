@@ -595,9 +595,19 @@ def recipe_of(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(_with_preset(_with_current_keys(values)))
     except ValidationError as error:
-        raise UserError(
-            f"{where}: " + "; ".join(_one_line(fault) for fault in error.errors())
-        ) from error
+        faults = error.errors()
+        # A list whose items are faulty is also reported as too short.
+        faults = [
+            fault
+            for fault in faults
+            if fault["type"] != "too_short"
+            or not any(
+                len(other["loc"]) > len(fault["loc"])
+                and other["loc"][: len(fault["loc"])] == fault["loc"]
+                for other in faults
+            )
+        ]
+        raise UserError(f"{where}: " + "; ".join(_one_line(fault) for fault in faults)) from error
 
 
 def _one_line(fault: Mapping[str, Any]) -> str:
@@ -621,21 +631,43 @@ def _location(location: Sequence[Any]) -> tuple[list[str], Sequence[str]]:
     spec: Any = Recipe
     fields: Sequence[str] = ()
     for part in location:
-        if get_origin(spec) is UnionType or get_origin(spec) is Union:
-            tables = [
+        choices = list(_choices(spec))
+        tables = [one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)]
+        if isinstance(part, int):
+            parts.append(str(part))
+            spec = next((get_args(one)[0] for one in choices if get_origin(one) is tuple), None)
+            continue
+        if len(tables) > 1:
+            # The location says which table pydantic chose: by its name, or, for steps of a
+            # degradation, by its only key.
+            chosen = [
                 one
-                for one in get_args(spec)
-                if isinstance(one, type) and issubclass(one, BaseModel)
+                for one in tables
+                if (one.model_fields["name"].default if "name" in one.model_fields else None)
+                == part
+                or list(one.model_fields) == [part]
             ]
-            if len(tables) > 1:  # the location says which table pydantic chose
-                spec = next(one for one in tables if one.model_fields["name"].default == part)
+            if chosen:
+                spec = chosen[0]
                 continue
-            spec = tables[0] if tables else None
-        parts.append(str(part))
-        if isinstance(spec, type) and issubclass(spec, BaseModel):
-            fields = list(spec.model_fields)
-            spec = spec.model_fields[part].annotation if part in spec.model_fields else None
+        parts.append(part)
+        spec = None
+        if tables:
+            fields = list(tables[0].model_fields)
+            spec = tables[0].model_fields[part].annotation if part in fields else None
     return parts, fields
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation allows, without `Annotated` and unions."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _choices(get_args(annotation)[0])
+    elif origin is Union or origin is UnionType:
+        for one in get_args(annotation):
+            yield from _choices(one)
+    else:
+        yield annotation
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -124,6 +124,43 @@ def test_a_bad_value_is_one_clear_line(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("steps", "fault"),
+    [
+        (
+            "[{sharpen: {radius: 2}}]",
+            "steps.0.sharpen.radius: unknown key; choose from amount, kind, probability, sigma,",
+        ),
+        (
+            "[blur, {resize: {detour: {upp: 1}}}]",
+            "steps.1.resize.detour.upp: unknown key; did you mean 'up'?",
+        ),
+        (
+            "[{one_of: [{steps: [{shuffle: [{blur: {kindd: box}}]}]}]}]",
+            "steps.0.one_of.0.steps.0.shuffle.0.blur.kindd: unknown key; did you mean 'kind'?",
+        ),
+        (
+            "[{sometimes: {probability: 1, steps: [{blur: {sigma: wide}}]}}]",
+            "steps.0.sometimes.steps.0.blur.sigma: 'wide' is neither a number nor a range "
+            "[low, high]",
+        ),
+        ("[{blur: {sigma: [1, 2, 3]}}]", "steps.0.blur.sigma: [1, 2, 3] is neither a number"),
+    ],
+)
+def test_a_bad_key_of_a_degradation_step_is_named_with_the_steps_own(
+    steps: str, fault: str
+) -> None:
+    chain = f"data.degradation={{name: chain, steps: {steps}}}"
+    with pytest.raises(UserError) as caught:
+        load_recipe("vapsr_x2", parse_overrides([chain])[0])
+    assert str(caught.value).startswith(f"recipe vapsr_x2: data.degradation.{fault}")
+    assert ";" not in str(caught.value).replace("; did", "").replace("; choose", "")
+    # In a list, one for each dataset folder, too.
+    with pytest.raises(UserError) as caught:
+        load_recipe("vapsr_x2", parse_overrides([chain.replace("={", "=[{") + "]"])[0])
+    assert fault in str(caught.value)
+
+
 def test_switches_may_be_yaml_booleans() -> None:
     recipe = load_recipe("demo", parse_overrides(["compile=off", "channels_last=true"])[0])
     assert (recipe.compile, recipe.channels_last) == ("off", "on")
