@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,8 @@ class Loader:
     ) -> None:
         self.source, self.device = source, device
         self.waited_seconds = 0.0
+        # Threads that can degrade at the same time.
+        self.num_workers = min(threads, source.position.micro_batch)
         # True as soon as a future batch cannot be made, some batches before `__next__` raises.
         self.failed = False
         # Numbers of batches. Only the loader's thread writes `_made` and only the training thread
@@ -56,6 +58,11 @@ class Loader:
             target=self._produce, args=(index, threads, prefetch), daemon=True, name="loader"
         )
         self._thread.start()
+
+    @property
+    def step_seconds(self) -> Mapping[str, float]:
+        """Seconds that each kind of degradation step has taken so far, over all threads."""
+        return self.source.step_seconds
 
     def __iter__(self) -> Iterator[Batch]:
         return self

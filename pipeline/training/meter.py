@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +21,18 @@ from pipeline.training.health import StepFacts
 from pipeline.training.trainers import StepResult
 
 MOST_PENDING = 500  # updates whose values may wait on the device to be read
+MOST_WAIT = 0.1  # share of time spent waiting for data above which the cause is named
+# Share of the time in which the loader's threads must have degraded for that to be the cause; else
+# they waited for files or decoded.
+LEAST_DEGRADING = 0.3
+NUM_STEPS = 5  # kinds of degradation steps in a log entry, those that take longest
 
 
 @dataclass(frozen=True)
 class Reading:
     """Measurements since the previous reading.
 
-    All but `data_wait` and `data_wait_worst` are equal on all ranks.
+    All but those about data are equal on all ranks.
     """
 
     # The generator's terms, weighted; means over batches and ranks. Empty if it did not learn.
@@ -37,9 +42,16 @@ class Reading:
     data_wait: float  # share of this rank's time spent waiting for the loader, 0 to 1
     data_wait_worst: float  # the largest such share of a single step
     remaining_seconds: float
+    # Share of the time in which this rank's loader threads degraded on the host, 0 to 1.
+    degrading: float = 0.0
+    # Kind of degradation step -> its share of that time; the longest first.
+    degradation_steps: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         whole = {"loss": sum(self.losses.values())} if self.losses else {}
+        steps = {
+            name: round(share, 4) for name, share in [*self.degradation_steps.items()][:NUM_STEPS]
+        }
         return {
             **whole,
             **{f"loss_{name}": value for name, value in self.losses.items()},
@@ -47,8 +59,22 @@ class Reading:
             "images_per_second": round(self.images_per_second, 2),
             "data_wait": round(self.data_wait, 4),
             "data_wait_worst": round(self.data_wait_worst, 4),
+            **(
+                {"degrading": round(self.degrading, 4), "degradation_steps": steps} if steps else {}
+            ),
             "remaining_seconds": round(self.remaining_seconds, 1),
         }
+
+    @property
+    def slowest_step(self) -> str:
+        """Which degradation step training waits for, such as `compress(hevc) takes 60%`.
+
+        Empty if it waits little, or for something else.
+        """
+        if self.data_wait <= MOST_WAIT or self.degrading < LEAST_DEGRADING:
+            return ""
+        name, share = next(iter(self.degradation_steps.items()))
+        return f"{name} takes {share:.0%}"
 
     def text(self) -> str:
         speed = (
@@ -61,6 +87,9 @@ class Reading:
         )
         loss = f"{sum(self.losses.values()):.5f}" if self.losses else "-"
         return f"loss {loss}{speed}"
+
+    def waiting_text(self) -> str:
+        return f"  waiting for data: {self.slowest_step}" if self.slowest_step else ""
 
 
 class _Pending(NamedTuple):
@@ -113,6 +142,7 @@ class TrainMeter:
         now, waited = time.perf_counter(), loader.waited_seconds
         if self._began is None:
             self._began, self._waited, self._step, self._worst_wait = now, waited, step, 0.0
+            self._degraded = loader.step_seconds
         else:
             share = (waited - self._waited_before) / max(now - self._step_began, 1e-9)
             self._worst_wait = max(self._worst_wait, min(1.0, share))
@@ -184,6 +214,8 @@ class TrainMeter:
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
         # The first step of a process is not timed.
         rate = steps / elapsed if steps else float("nan")
+        degraded = _new_seconds(self._degraded, loader.step_seconds)
+        degrading = sum(degraded.values())
         reading = Reading(
             losses,
             statistics,
@@ -191,6 +223,8 @@ class TrainMeter:
             min(1.0, (loader.waited_seconds - self._waited) / elapsed),
             self._worst_wait,
             (self._total_steps - step) / rate,
+            min(1.0, degrading / (elapsed * loader.num_workers)),
+            {name: seconds / degrading for name, seconds in degraded.items()},
         )
         self._facts = []
         self._began, self._waited, self._step, self._worst_wait = (
@@ -199,7 +233,21 @@ class TrainMeter:
             step,
             0.0,
         )
+        self._degraded = loader.step_seconds
         return reading
+
+
+def _new_seconds(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of each kind of step since `before`, the longest first; none are 0.
+
+    The clocks start at 0 again where the loader starts a new pipeline.
+    """
+    new = {
+        name: seconds - (before.get(name, 0.0) if seconds >= before.get(name, 0.0) else 0.0)
+        for name, seconds in now.items()
+    }
+    longest = sorted(new.items(), key=lambda step: -step[1])
+    return {name: seconds for name, seconds in longest if seconds > 0}
 
 
 def _means(tables: Iterable[Mapping[str, float]]) -> dict[str, float]:

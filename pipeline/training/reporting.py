@@ -15,12 +15,11 @@ from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.monitor.journal import Journal
 from pipeline.monitor.wandb_tracker import WandbTracker
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
-from pipeline.training.meter import Reading
+from pipeline.training.meter import MOST_WAIT, Reading
 from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
 from pipeline.training.validation import bicubic
 
-MOST_WAIT = 0.1  # share of time spent waiting for data above which a remedy is logged
 TIME_SHARE = 0.05  # of the process's time, for previews at the ends of epochs
 FREE_SECONDS = 5.0  # for previews, in addition to that share
 
@@ -102,15 +101,22 @@ class Reporter:
         for name, logits in getattr(trainer, "logits", {}).items():
             self.journal.distribution(step, f"discriminator/{name}", logits)
         self._console.progress(
-            f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}",
+            f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}"
+            f"{reading.waiting_text()}",
             step / total,
         )
         if self._may_advise and reading.data_wait > MOST_WAIT:
             self._may_advise = False
+            threads = f"raise data.threads (now {self._plan.recipe.data.threads})"
+            remedy = (
+                f"{reading.slowest_step} of the degradation's time: make this step rarer or "
+                f"faster, or {threads}"
+                if reading.slowest_step
+                else f"{threads}, or convert encoded files to .npy, which need no decoding "
+                "(tools/convert_dataset.py)"
+            )
             self._console.say(
-                f"note: {reading.data_wait:.0%} of the time is spent waiting for data; raise "
-                f"data.threads (now {self._plan.recipe.data.threads}), or convert encoded files to "
-                ".npy, which need no decoding (tools/convert_dataset.py)"
+                f"note: {reading.data_wait:.0%} of the time is spent waiting for data; {remedy}"
             )
 
     def validated(self, scores: Mapping[str, float], *, is_best: bool) -> None:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from conftest import photograph
 from pipeline.checkpoint.progress import Progress
 from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe, recipe_differences
-from pipeline.data.spec import num_threads
+from pipeline.data.dataset import Dataset, Folder
+from pipeline.data.degradations.steps import STEPS
+from pipeline.data.loader import Loader
+from pipeline.data.source import CropSource, Position
+from pipeline.data.spec import DataSpec, num_threads
+from pipeline.distributed.ranks import Ranks
 from pipeline.training import setup
 from pipeline.training.healing import History
-from pipeline.training.meter import Reading
+from pipeline.training.meter import Reading, TrainMeter, _new_seconds
 from pipeline.training.reporting import Reporter
+from pipeline.training.trainers import StepResult
 
 
 def test_threads_are_a_number_or_auto() -> None:
@@ -105,6 +116,7 @@ def test_the_host_degrades_on_cpus_in_runs_that_began_so(
 
 def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
     said: list[str] = []
+    shown: list[str] = []
     reporter = object.__new__(Reporter)
     reporter.__dict__.update(
         _run=SimpleNamespace(
@@ -119,11 +131,66 @@ def test_the_ways_out_of_waiting_for_data_are_named_once() -> None:
         _plan=SimpleNamespace(
             total_steps=99, ds_config={"train_batch_size": 4}, recipe=load_recipe("vapsr_x4")
         ),
-        _console=SimpleNamespace(progress=lambda *_: None, say=said.append),
+        _console=SimpleNamespace(progress=lambda text, _: shown.append(text), say=said.append),
     )
-    for wait in (0.02, 0.31, 0.5):
-        reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0), 1.0)
+    slow = {"compress(hevc)": 0.6, "blur(lens)": 0.4}
+    for degradation in ((), (0.1, slow), (0.9, slow)):
+        reporter._may_advise = True
+        for wait in (0.02, 0.31, 0.5):
+            reporter.log(Reading({"l1": 1.0}, {}, 10.0, wait, wait, 60.0, *degradation), 1.0)
+    # Where the degradation takes a tenth of the time, it is not what training waits for.
     assert said == [
-        "note: 31% of the time is spent waiting for data; raise data.threads (now auto), or "
-        "convert encoded files to .npy, which need no decoding (tools/convert_dataset.py)"
+        *2
+        * (
+            "note: 31% of the time is spent waiting for data; raise data.threads (now auto), or "
+            "convert encoded files to .npy, which need no decoding (tools/convert_dataset.py)",
+        ),
+        "note: 31% of the time is spent waiting for data; compress(hevc) takes 60% of the "
+        "degradation's time: make this step rarer or faster, or raise data.threads (now auto)",
     ]
+    named = [line for line in shown if "waiting for data" in line]
+    assert [line.partition("e-04  ")[2] for line in named] == [
+        "waiting for data: compress(hevc) takes 60%",
+        "waiting for data: compress(hevc) takes 60%",
+    ]
+
+
+def test_the_step_that_training_waits_for_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(image: Any, drawn: dict[str, Any], workspace: Any) -> Any:
+        time.sleep(0.02)
+        return image
+
+    monkeypatch.setitem(STEPS, "noise", STEPS["noise"]._replace(apply=slow))
+    np.save(tmp_path / "0.npy", photograph(0, 40, 40))
+    source = CropSource.of_dataset(
+        Dataset((Folder(tmp_path, ["0.npy"], []),)),
+        DataSpec(
+            crop=32, degradation={"name": "chain", "steps": [{"blur": {"kind": "box"}}, "noise"]}
+        ),
+        scale=2,
+        seed=0,
+        position=Position(0, 1, 4),
+    )
+    loader = Loader(source, 0, torch.device("cpu"), threads=2, prefetch=1)
+    meter = TrainMeter(Ranks(device=torch.device("cpu")), 100, 4)
+    try:
+        for step in (1, 2, 3, 4, 5):
+            next(loader)
+            meter.add(StepResult({"l1": torch.tensor(1.0)}, {}))
+            meter.end_step(step, False, {}, loader)
+        meter.drain()
+        read = meter.read(5, loader)
+    finally:
+        loader.close()
+    first, *others = read.degradation_steps
+    assert first == "noise(gaussian)"
+    assert {*others} == {"blur(box)", "resize(cubic_antialiased)"}
+    assert sum(read.degradation_steps.values()) == pytest.approx(1)
+    assert read.waiting_text().startswith("  waiting for data: noise(gaussian) takes ")
+    line = json.loads(json.dumps(read.as_dict()))
+    assert line["degradation_steps"]["noise(gaussian)"] > 0.5
+    assert line["degrading"] > 0.3
+    # A loader that starts a new pipeline counts from 0 again.
+    assert _new_seconds({"a": 3.0, "b": 1.0}, {"a": 2.0, "b": 1.0, "c": 4.0}) == {"c": 4, "a": 2}

@@ -165,7 +165,7 @@ def test_the_average_and_the_meter(dtype: torch.dtype) -> None:
             1,
             torch.empty((), dtype=torch.bool, device=META),
             {"generator": loss},
-            type("Loader", (), {"waited_seconds": 0.0})(),
+            type("Loader", (), {"waited_seconds": 0.0, "step_seconds": {}})(),
         )
 
 
