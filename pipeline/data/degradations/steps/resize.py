@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from pipeline.data.degradations.steps.base import (
@@ -152,6 +153,8 @@ def _resized(image: Image, sides: list[int], kind: str, workspace: object) -> Im
     size = sides[0], sides[1]
     if size == image.shape[:2]:
         return image
+    if kind == "cubic_antialiased" and image.dtype == np.uint8:
+        return _as_matlab(image, size, workspace)
     if kind in host.RESAMPLING:
         return host.resampled(image, size, kind, workspace)
     if kind in ("nearest", "cubic_75"):
@@ -163,3 +166,24 @@ def _resized(image: Image, sides: list[int], kind: str, workspace: object) -> Im
         box = kernels.with_box(kernels.delta_kernel(), image.shape[0] / sides[0])
         image = host.filtered(image, box, workspace)
     return host.resized(image, size, is_cubic=kind == "cubic", workspace=workspace)
+
+
+def _as_matlab(image: Image, size: tuple[int, int], workspace: object) -> Image:
+    """Resize bytes as MATLAB does: by one direction after the other, each rounded, halves up.
+
+    The same pixels as published LR of Set5, except for borders: old releases of MATLAB, by which it
+    was made, repeat the last pixel instead of mirroring.
+    """
+    from pipeline.data.degradations import host
+
+    height, width = image.shape[:2]
+    rows_first = size[0] * width <= size[1] * height  # the direction that shrinks more
+    for side in ((size[0], width) if rows_first else (height, size[1])), size:
+        if side == image.shape[:2]:
+            continue
+        resized = host.resampled(image, side, "cubic_antialiased", workspace)
+        out = workspace.array("matlab", resized.shape, np.uint8, apart_from=image)
+        np.clip(np.add(resized, 0.5, out=resized), 0, 255, out=resized)
+        out[...] = resized
+        image = out
+    return image
