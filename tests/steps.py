@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +43,30 @@ def applied(name: str, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarra
 def unclipped(seed: int, height: int, width: int) -> np.ndarray:
     """Return a photograph whose float32 levels reach from about -20 to 280."""
     return photograph(seed, height, width).astype(np.float32) * (300 / 255) - 20
+
+
+def moved(image: np.ndarray, offset: Sequence[float]) -> np.ndarray:
+    """Move an image down and to the right by Keys' cubic (a = -0.5), borders repeated, in float64.
+
+    Each pixel is the sum over the four pixels around the place that it comes from, per axis.
+    """
+    image = image.astype(np.float64)
+    for axis, distance in enumerate(offset):
+        line = np.moveaxis(image, axis, 0)
+        places = np.arange(len(line)) - distance
+        image = np.moveaxis(np.stack([_cubic(line, place) for place in places]), 0, axis)
+    return image
+
+
+def _cubic(line: np.ndarray, place: float) -> np.ndarray:
+    total, first = np.zeros_like(line[0]), int(np.floor(place)) - 1
+    for i in range(first, first + 4):
+        d = abs(place - i)
+        near = 1.5 * d**3 - 2.5 * d**2 + 1
+        total += (near if d < 1 else -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2) * line[
+            min(max(i, 0), len(line) - 1)
+        ]
+    return total
 
 
 def check_kind(name: str, drawn: Mapping[str, Any]) -> None:

@@ -345,13 +345,30 @@ def cubic_taps(centres: NDArray[np.float64], length: int) -> Taps:
     return Taps(places.clip(0, length - 1), weights.astype(np.float32))
 
 
-def sampled(image: Levels, down: Taps, across: Taps) -> Levels:
+def sampled(image: Levels, down: Taps | None, across: Taps | None) -> Levels:
     """Return sums of rows and columns, (len(down.places), len(across.places), channels) or 2D.
 
-    Matrices as in `resampled` are faster where many pixels are summed.
+    None leaves a direction as it is. Matrices as in `resampled` are faster where many pixels are
+    summed.
     """
-    rows = _summed_rows(image, down)
-    return cv2.transpose(_summed_rows(cv2.transpose(rows), across))
+    if down is not None:
+        image = _summed_rows(image, down)
+    if across is not None:
+        turned = cv2.transpose(np.ascontiguousarray(image))
+        image = cv2.transpose(_summed_rows(turned, across))
+    return image
+
+
+def shifted(image: Levels, offset: tuple[float, float]) -> Levels:
+    """Move (height, width, channels) or 2D levels down and to the right, with Keys' cubic.
+
+    offset: in pixels, of any sign; borders are repeated. A new array, unless nothing moves.
+    """
+    down, across = (
+        cubic_taps(np.arange(length) - distance, length) if distance else None
+        for length, distance in zip(image.shape, offset, strict=False)
+    )
+    return sampled(image, down, across)
 
 
 def _summed_rows(image: Levels, taps: Taps) -> Levels:

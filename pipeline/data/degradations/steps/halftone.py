@@ -27,10 +27,9 @@ from pipeline.data.degradations.steps.base import (
     shares_of,
 )
 from pipeline.libraries import cv2
-from pipeline.spec import Number, Range, within
+from pipeline.spec import Angle, Number, Range, within
 
 Floats = NDArray[np.float32]
-Degrees = Annotated[Range, within(-180, 180)]
 
 RANKS = 65536  # entries of the table of ranks, the most that OpenCV looks up
 
@@ -56,7 +55,7 @@ class HalftoneSpec(StepSpec):
         description="angle of the screen of cyan, magenta, yellow and black in degrees; red, green "
         "and blue have the first three, gray the last",
     )
-    rotation: Degrees = Field(
+    rotation: Angle = Field(
         (-5.0, 5.0), description="range of an angle in degrees that is added to all angles"
     )
     gcr: Annotated[Range, within(0, 1)] = Field(

@@ -1,0 +1,76 @@
+"""Changes of brightness and color: levels, gamma, temperature, contrast, hue and saturation."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.data.degradations.steps.base import (
+    Canvas,
+    Draws,
+    Image,
+    Parameters,
+    StepSpec,
+    levels,
+    to_ycc,
+)
+from pipeline.libraries import cv2
+from pipeline.spec import Angle, Factor, Range, within
+
+
+class ColorSpec(StepSpec):
+    """Changes of brightness and color, each from a range of its own, in this order."""
+
+    black: Annotated[Range, within(-128, 127)] = Field(
+        (0, 0), description="range of the level that becomes black; below 0, black becomes gray"
+    )
+    white: Annotated[Range, within(128, 511)] = Field(
+        (255, 255),
+        description="range of the level that becomes white; above 255, white becomes gray",
+    )
+    gamma: Annotated[Range, within(0.1, 10)] = Field(
+        (0.9, 1.1), description="range of the exponent; above 1, midtones become darker"
+    )
+    temperature: Annotated[Range, within(-0.5, 0.5)] = Field(
+        (-0.05, 0.05),
+        description="range of the warmth t: red is multiplied by 1 + t, blue by 1 - t",
+    )
+    contrast: Factor = Field((0.9, 1.1), description="range of the factor around middle gray")
+    brightness: Annotated[Range, within(-255, 255)] = Field(
+        (-10, 10), description="range of the levels that are added"
+    )
+    hue: Angle = Field(
+        (0, 0), description="range of the rotation of Cb towards Cr (BT.601) in degrees"
+    )
+    saturation: Factor = Field((0.8, 1.2), description="range of the factor of Cb and Cr")
+
+
+def draw(spec: ColorSpec, draws: Draws, canvas: Canvas) -> Parameters:
+    names = [name for name in ColorSpec.model_fields if name != "probability"]
+    return {name: draws.between(getattr(spec, name)) for name in names}
+
+
+def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
+    image = levels(image)
+    scale = 255 / (drawn["white"] - drawn["black"])
+    if drawn["gamma"] != 1:
+        image -= np.float32(drawn["black"])
+        image *= np.float32(scale / 255)
+        # Levels beyond black keep their sign.
+        power = cv2.pow(np.abs(image), drawn["gamma"])
+        image, scale, black = np.copysign(power, image), 255, 0.0
+    else:
+        black = drawn["black"]
+    # What remains is one matrix: hue and saturation leave gray as it is.
+    turn, saturation = math.radians(drawn["hue"]), drawn["saturation"]
+    chroma = np.eye(3)
+    chroma[1:, 1:] = saturation * np.array(
+        [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+    )
+    warmth = np.array([1 + drawn["temperature"], 1, 1 - drawn["temperature"]])
+    mixed = np.linalg.inv(to_ycc()) @ chroma @ to_ycc() * (drawn["contrast"] * scale * warmth)
+    offset = 127.5 * (1 - drawn["contrast"]) + drawn["brightness"] - mixed.sum(1) * black
+    return cv2.transform(image, np.column_stack([mixed, offset]).astype(np.float32))
