@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from scipy import ndimage
 
 from conftest import photograph
-from pipeline.data.degradations import kernels
+from pipeline.data.degradations import kernels, realesrgan
 from pipeline.data.degradations.steps.blur import BlurSpec, kernel
 from steps import applied, check_kind, draws_of, shares, unclipped
 
@@ -171,6 +171,33 @@ def test_shapes_are_drawn_as_in_real_esrgan() -> None:
     # With a `size`, Gaussians have drawn sides too.
     drawn = draws_of("blur", {"kind": "anisotropic", "size": 9}, 100)
     assert {len(kernel(one)) for one in drawn} == {7, 9}
+
+
+def test_kernels_are_those_of_the_real_esrgan_chain() -> None:
+    names = dict(
+        zip(
+            realesrgan.KERNELS,
+            (kind for kind in DRAWN if "sigma" in DRAWN[kind] or "sigma_x" in DRAWN[kind]),
+            strict=True,
+        )
+    )
+    random, seen = np.random.default_rng(2), set()
+    for _ in range(200):
+        blur = realesrgan._draw_blur(realesrgan.FirstRound(), iter(random.random(20).tolist()))
+        kind = names.get(blur["shape"], "sinc")
+        drawn = {"kind": kind, "side": blur["size"]}
+        if kind == "sinc":
+            drawn["cutoff"] = blur["cutoff"]
+        elif kind.endswith("anisotropic"):
+            drawn |= dict(zip(("sigma_x", "sigma_y"), blur["sigma"], strict=True))
+            drawn["angle"] = math.degrees(blur["theta"])
+        else:
+            drawn["sigma"] = blur["sigma"][0]
+        if "beta" in blur:
+            drawn["beta"] = blur["beta"]
+        assert (kernel(drawn) == realesrgan._blur_kernel(blur)).all()
+        seen.add(kind)
+    assert seen == {*names.values(), "sinc"}
 
 
 @pytest.mark.parametrize(
