@@ -131,6 +131,15 @@ def test_palettes_and_floyd_steinberg_are_pillows(palette: str, method: Any) -> 
         np.testing.assert_array_equal(got, np.asarray(expected.convert("RGB")))
 
 
+def test_median_cut_takes_every_nth_pixel_of_large_images() -> None:
+    image = photograph(3, 130, 97)  # more than 4096 pixels
+    few = np.ascontiguousarray(image[::2, ::2])
+    indexed = PIL.Image.fromarray(few).quantize(12, PIL.Image.Quantize.MEDIANCUT)
+    expected = PIL.Image.fromarray(image).quantize(palette=indexed, dither=3)
+    got = applied("dither", image, drawn("floyd_steinberg", "median_cut", 12))
+    np.testing.assert_array_equal(got, np.asarray(expected.convert("RGB")))
+
+
 def test_ordered_dithering_to_a_palette_takes_the_nearest_color_of_the_shifted_pixel() -> None:
     palette = np.array(PIL.Image.fromarray(IMAGE).quantize(12, 0).getpalette()).reshape(-1, 3)
     tiled = np.tile((BAYER_4 + 0.5) / 16, (11, 12))[:41, :46, None]

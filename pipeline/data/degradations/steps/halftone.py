@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,13 +80,14 @@ def draw(spec: HalftoneSpec, draws: Draws, canvas: Canvas) -> Parameters:
 
 def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
     cell, kind = drawn["cell"], drawn["kind"]
+    ramps = _ramps(drawn["shape"], cell)
     light = levels(image).clip(0, 255) / np.float32(255)
 
     def covered(tone: Floats, ink: int) -> Floats:
         screen = _screen(
             tone.shape, drawn["shape"], cell, drawn["angles"][ink], drawn["phases"][ink]
         )
-        return inked(tone, screen, drawn["shape"], cell)
+        return inked(tone, screen, ramps)
 
     if kind == "gray":
         luma = cv2.transform(light, np.array([LUMA["bt601"]], np.float32))
@@ -95,12 +96,13 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
         planes = [covered(light[..., channel], channel) for channel in range(3)]
     else:
         # Ideal inks: each absorbs one of red, green and blue, black all of them.
-        black = drawn["gcr"] * (1 - light.max(-1))
+        channels = cv2.split(light)
+        black = drawn["gcr"] * (1 - np.maximum(np.maximum(*channels[:2]), channels[2]))
         uncovered = 1 - covered(black, 3)
         rest = np.maximum(1 - black, np.float32(1e-6))
         planes = [
-            (1 - covered((1 - light[..., ink] / rest).clip(0, 1), ink)) * uncovered
-            for ink in range(3)
+            (1 - covered((1 - channel / rest).clip(0, 1), ink)) * uncovered
+            for ink, channel in enumerate(channels)
         ]
     return cv2.merge(planes) * np.float32(255)
 
@@ -138,23 +140,36 @@ def _ranks() -> Floats:
     return (np.searchsorted(values, edges) / values.size).astype(np.float32)
 
 
-def inked(tone: Floats, rank: Floats, form: str, cell: float) -> Floats:
-    """Return the share of each pixel that is covered, (height, width) 0..1, for tones 0..1.
+class Ramps(NamedTuple):
+    """For `RANKS` tones from 0 to 1: a pixel's covered share is slope rank + start, within 0..1."""
 
-    In a field of one tone, the mean over all ranks is the tone.
-    """
+    slope: Floats
+    start: Floats
+
+
+def inked(tone: Floats, rank: Floats, ramps: Ramps) -> Floats:
+    """Return the share of each pixel that is covered, (height, width) 0..1, for tones 0..1."""
+    index = (tone * np.float32(RANKS - 1) + np.float32(0.5)).astype(np.uint16)
+    share = cv2.multiply(rank, cv2.LUT(index, ramps.slope))
+    share += cv2.LUT(index, ramps.start)
+    return share.clip(0, 1, out=share)
+
+
+@lru_cache(maxsize=16)
+def _ramps(form: str, cell: float) -> Ramps:
+    """Return the ramps at the edges of ink: in a field of one tone, the mean share is the tone."""
+    tone = np.arange(RANKS, dtype=np.float32) / np.float32(RANKS - 1)
+    margin = np.minimum(tone, 1 - tone)
     # Over one pixel, the rank changes by the length of the edges per cell, divided by the area of
     # the cell: two lines; or a circle with the tone's area, around ink or around a hole.
     if form == "lines":
-        ramp: Any = np.float32(2 / cell)
+        width = np.full_like(tone, 2 / cell)
     else:
-        ramp = np.sqrt(np.minimum(tone, 1 - tone)) * np.float32(2 * math.sqrt(math.pi) / cell)
-        np.maximum(ramp, np.float32(1e-4), out=ramp)
-    # The ink is a ramp of this width around the rank `edge`. Near white and black, where the ramp
-    # does not fit into the ranks, the edge is moved so that the mean stays the tone.
-    ramp = np.minimum(ramp, np.float32(1))
-    half = ramp / 2
-    margin = np.minimum(tone, 1 - tone)
-    offset = np.where(margin < half, np.sqrt(2 * margin * ramp) - half, margin)
+        width = np.sqrt(margin) * np.float32(2 * math.sqrt(math.pi) / cell)
+    width = width.clip(1e-4, 1)
+    # The ramp has this width around the rank `edge`. Near white and black, where it does not fit
+    # into the ranks, the edge is moved so that the mean stays the tone.
+    half = width / 2
+    offset = np.where(margin < half, np.sqrt(2 * margin * width) - half, margin)
     edge = np.where(tone < 0.5, 1 - offset, offset)
-    return ((rank - edge) / ramp + np.float32(0.5)).clip(0, 1)
+    return Ramps(1 / width, np.float32(0.5) - edge / width)
