@@ -32,6 +32,11 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def border_of(scale: int) -> int:
+    """Return how many pixels of every border are not measured: `scale`, as in papers; 0 at x1."""
+    return scale if scale > 1 else 0
+
+
 def cubic_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize float NCHW images to `size` (height, width) like MATLAB's cubic `imresize`.
 

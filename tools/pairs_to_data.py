@@ -75,7 +75,7 @@ class Options(CropOptions):
     lr: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LR_DIR")]
     """Folder of the LR photographs, searched recursively."""
     scale: int
-    """Size of HR relative to LR: 2, 3, 4, 8..."""
+    """Size of HR relative to LR: 1, 2, 3, 4, 8..."""
     out: Path | None = None
     """Output folder of the crops; by default ~/dataset/pairs_x<scale>."""
     min_correlation: float = 0.9
@@ -127,8 +127,8 @@ def main(options: Options) -> int:
 
 
 def _check_options(options: Options) -> None:
-    if not 2 <= options.scale <= 16:
-        raise UserError(f"--scale {options.scale}: must be 2 to 16")
+    if not 1 <= options.scale <= 16:
+        raise UserError(f"--scale {options.scale}: must be 1 to 16")
     if options.size % options.scale:
         down = options.size - options.size % options.scale
         raise UserError(

@@ -1,4 +1,4 @@
-"""Compare networks with bicubic and nearest upscaling on pairs of images.
+"""Compare networks with bicubic and nearest upscaling (at x1, with their input) on image pairs.
 
 The results are numbers, tables, pictures and an HTML page.
 """

@@ -223,6 +223,12 @@ def choose_images(options: Options, scale: int) -> list[ImageSet]:
     folders = [] if options.hr is None else [find_folder(options.hr, options.lr, scale)]
     presets = [find_benchmark(root, key, scale) for key in dict.fromkeys(options.benchmark)]
     names = {preset.name.lower() for preset in presets}
+    if made := [data for data in (*folders, *presets) if scale == 1 and data.lr_made_by]:
+        raise UserError(
+            f"{made[0].name}: the model restores images of the same size (x1), so its input cannot "
+            "be made by downscaling; give degraded images with --lr, or beside the HR images as "
+            "NAME_HR and NAME_LR"
+        )
     return [
         ImageSet(f"{data.name} (folder)", data.pairs, data.hr, data.lr)
         if data.name.lower() in names

@@ -73,7 +73,12 @@ class ImagePair:
 
 
 def _fits(large: int, small: int, scale: int) -> bool:
-    """Whether an LR side length fits an HR one, whole or cropped to a usual multiple."""
+    """Whether an LR side length fits an HR one, whole or cropped to a usual multiple.
+
+    At x1 they must be equal.
+    """
+    if scale == 1:
+        return small == large
     return small == -(-large // scale) or 0 <= large - small * scale < math.lcm(
         COMMON_MULTIPLE, scale
     )

@@ -26,11 +26,11 @@ from torch import Tensor
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.pictures import largest_square
 from pipeline.evaluation.scoring import BASELINES, ImageScores, Views
-from pipeline.evaluation.tables import Interval, SetScores, main_metrics, number
+from pipeline.evaluation.tables import Interval, SetScores, cropped, main_metrics, number
 from pipeline.files import write_atomically
 from pipeline.metrics import METRICS
 
-# The scatter plot: each model's gain over bicubic on every image, in SVG coordinates.
+# The scatter plot: each model's gain over its input on every image, in SVG coordinates.
 
 WIDTH, HEIGHT = 800, 360
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 40, 64
@@ -41,22 +41,23 @@ NUM_MARKS = 6
 def scatter(measured: SetScores) -> dict[str, Any]:
     """Plot the gain in PSNR-Y over bicubic (y) against bicubic's PSNR-Y (x), for every image.
 
-    Images with an infinite PSNR are omitted and counted.
+    At x1 the input takes the place of bicubic. Images with an infinite PSNR are omitted and
+    counted.
     """
     models = [method for method in measured.methods if method not in BASELINES]
-    points = []
+    points, reference = [], measured.reference
     for image in measured.images:
-        bicubic = image.methods["bicubic"]["psnr_y"]
+        before = image.methods[reference]["psnr_y"]
         for index, model in enumerate(models):
-            gain = image.methods[model]["psnr_y"] - bicubic
-            if math.isfinite(bicubic) and math.isfinite(gain):
+            gain = image.methods[model]["psnr_y"] - before
+            if math.isfinite(before) and math.isfinite(gain):
                 points.append(
                     (
-                        bicubic,
+                        before,
                         gain,
                         index % NUM_MARKS,
-                        f"{image.name}: {model} {bicubic + gain:.3f} dB, "
-                        f"bicubic {bicubic:.3f} dB, {gain:+.3f} dB",
+                        f"{image.name}: {model} {before + gain:.3f} dB, "
+                        f"{reference} {before:.3f} dB, {gain:+.3f} dB",
                     )
                 )
     across, upwards = (
@@ -147,7 +148,7 @@ class Shown:
 
     scores: ImageScores
     gain: float
-    """PSNR-Y of the first model minus that of bicubic, in dB."""
+    """PSNR-Y of the first model minus that of bicubic (at x1, of the input), in dB."""
     stage: dict[str, Tensor]
     """The slider's images by method, HR last: uint8 1 x 3 x H x W."""
     crop: dict[str, Tensor]
@@ -157,7 +158,7 @@ class Shown:
 
 
 class Gallery:
-    """Keeps the images of every set on which the first model gains most and least over bicubic.
+    """Keeps the images of every set on which the first model gains most and least over its input.
 
     If gains are equal, the earlier image of the set is kept, whatever the order of the visits.
     """
@@ -183,7 +184,7 @@ class Gallery:
     def best(self, name: str) -> list[Shown]:
         """Return the images with the largest gain, in descending order.
 
-        Their crop is where bicubic's error exceeds the model's most.
+        Their crop is where the input's error exceeds the model's most.
         """
         return [self._kept[place] for place in self._of(name, "best")]
 
@@ -221,13 +222,15 @@ def _first_of_each(places: Iterable[GalleryPlace], count: int) -> list[GalleryPl
 def _errors(views: Views, model: str, kind: str) -> Tensor:
     """Return a 1 x 1 x H x W map whose maximum is the place to crop.
 
-    For "best" it is bicubic's squared error minus the model's, for "worst" the model's.
+    For "best" it is the input's squared error, upscaled bicubically, minus the model's, for "worst"
+    the model's.
     """
+    reference = views.scores.reference
     errors = {
         method: (views.pixels[method].float() - views.hr.float()).square().mean(dim=1, keepdim=True)
-        for method in (model, "bicubic")
+        for method in (model, reference)
     }
-    return errors["bicubic"] - errors[model] if kind == "best" else errors[model]
+    return errors[reference] - errors[model] if kind == "best" else errors[model]
 
 
 def first_model(scores: ImageScores) -> str:
@@ -251,7 +254,7 @@ def layers(pixels: dict[str, Tensor], methods: Sequence[str] | None = None) -> l
 
 
 def _gain(scores: ImageScores, model: str) -> float:
-    first, second = scores.methods[model]["psnr_y"], scores.methods["bicubic"]["psnr_y"]
+    first, second = scores.methods[model]["psnr_y"], scores.methods[scores.reference]["psnr_y"]
     return 0.0 if first == second else first - second
 
 
@@ -357,6 +360,7 @@ def _head(sets: Sequence[SetScores], report: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": f"{', '.join(model['title'] for model in models)} on {names}",
         "scale": report["scale"],
+        "cropped": cropped(report["scale"]),
         "models": models,
         "self_ensemble": report["self_ensemble"],
         "device": report["data"]["device"],
@@ -372,17 +376,17 @@ def _head(sets: Sequence[SetScores], report: dict[str, Any]) -> dict[str, Any]:
 def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
     """Return the template's values for one image set."""
     best, worst = gallery.best(measured.name), gallery.worst(measured.name)
-    data = measured.data
+    data, over = measured.data, _over(measured)
     crops = [
         {
             "title": "Best",
-            "what": "largest gain over bicubic, cropped where bicubic's error exceeds the model's "
-            "most",
+            "what": f"largest gain over {over}, cropped where the error of {over} exceeds the "
+            "model's most",
             "shown": [_crop(shown) for shown in best],
         },
         {
             "title": "Worst",
-            "what": "smallest gain over bicubic, cropped where the model's error is largest",
+            "what": f"smallest gain over {over}, cropped where the model's error is largest",
             "shown": [_crop(shown) for shown in worst],
         },
     ]
@@ -401,6 +405,7 @@ def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
         "columns": [METRICS[metric].title for metric in measured.metrics],
         "differences": _differences(measured),
         "chart": scatter(measured),
+        "over": over,
         "first": first_model(measured.images[0]),
         "crops": [group for group in crops if group["shown"]],
         "sliders": [_slider(shown) for shown in (*best, *worst)],
@@ -416,6 +421,10 @@ def _set(measured: SetScores, gallery: Gallery) -> dict[str, Any]:
         ],
         "methods": measured.methods,
     }
+
+
+def _over(measured: SetScores) -> str:
+    return "the input" if measured.reference == "input" else measured.reference
 
 
 def _rows(measured: SetScores) -> list[dict[str, Any]]:
@@ -478,7 +487,7 @@ def _crop(shown: Shown) -> dict[str, Any]:
 
 
 def _slider(shown: Shown) -> dict[str, Any]:
-    """Return a slider's layers; at first bicubic is on the left, the first model on the right."""
+    """Return a slider's layers; at first the input is on the left, the first model on the right."""
     height, width = shown.stage[ORIGINAL].shape[-2:]
     captions, model = _captions(shown), first_model(shown.scores)
     methods = list(shown.stage)
@@ -486,7 +495,7 @@ def _slider(shown: Shown) -> dict[str, Any]:
         "name": shown.scores.name,
         "width": width,
         "height": height,
-        "left": methods.index("bicubic"),
+        "left": methods.index(shown.scores.reference),
         "right": methods.index(model),
         "layers": [
             {**layer, "caption": captions[layer["method"]]} for layer in layers(shown.stage)

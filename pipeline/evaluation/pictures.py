@@ -1,6 +1,7 @@
 """Side-by-side pictures: bicubic, the models and the original, whole and magnified.
 
-The magnified part is where bicubic differs most from the original.
+At x1 the input takes the place of bicubic. The magnified part is where it differs most from the
+original.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Column:
 def write_views(views: Views, folder: str | Path) -> Path:
     """Write `<folder>/<image name>.png` with a column each for bicubic, every model and HR.
 
-    The top row shows the whole images. Below is the square where bicubic differs most from HR,
-    framed in red above and magnified without smoothing, then PSNR-Y and SSIM-Y of the image.
-    Returns the file's path.
+    At x1 the input takes the place of bicubic. The top row shows the whole images. Below is the
+    square where the first differs most from HR, framed in red above and magnified without
+    smoothing, then PSNR-Y and SSIM-Y of the image. Returns the file's path.
     """
     scores = views.scores
     columns = [

@@ -1,5 +1,7 @@
 """Run networks on a pair of images and measure them against bicubic and nearest upscaling.
 
+At x1 they are measured against their input, which is not upscaled.
+
 Networks run in the tiler of `pipeline.inference`, in FP32, on at most `WHOLE_IMAGE_PIXELS` at
 once. The tiles depend only on the image, so the numbers do not depend on the free memory.
 """
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.evaluation.image_sets import ImagePair
-from pipeline.images import cubic_resize, to_bytes, unit_range
+from pipeline.images import border_of, cubic_resize, to_bytes, unit_range
 from pipeline.inference.devices import CPU, Device
 from pipeline.inference.tiles import Upscaler
 from pipeline.inference.torch_backend import SelfEnsemble, TorchBackend
@@ -25,16 +27,23 @@ from pipeline.metrics.psnr_ssim import mean_of
 WHOLE_IMAGE_PIXELS = 1024 * 1024
 """LR pixels upscaled in one piece; larger images are tiled. VapSR then peaks at about 1.5 GB."""
 DRIFTS = ("drift_red", "drift_green", "drift_blue")
-BASELINES = ("nearest", "bicubic")
+REFERENCES = ("bicubic", "input")
+"""What networks are compared with: bicubic upscaling, and at x1 their input."""
+BASELINES = ("nearest", *REFERENCES)
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The scores of one image by method: `BASELINES`, then the networks by their titles."""
+    """The scores of one image by method: first baselines, then the networks by their titles."""
 
     name: str
     methods: dict[str, dict[str, float]]
     """For each method the metrics by name, and the drift of each colour (`DRIFTS`)."""
+
+    @property
+    def reference(self) -> str:
+        """The one of `REFERENCES` that was measured."""
+        return next(method for method in REFERENCES if method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -72,24 +81,29 @@ def upscale(upscaler: Upscaler, lr: Tensor) -> Tensor:
 def measure_image(
     upscalers: Mapping[str, Upscaler], pair: ImagePair, scale: int, measures: Sequence[Measure]
 ) -> Views:
-    """Measure the networks, given by title, and `BASELINES` on one pair of images.
+    """Measure the networks, given by title, and the scale's baselines on one pair of images.
 
     Raises:
         UserError: an image cannot be read, the two do not fit, or they are too small for a metric.
     """
     hr, lr = pair.load(scale)
     size = (lr.shape[-2] * scale, lr.shape[-1] * scale)
-    pixels = {
-        "nearest": lr.repeat_interleave(scale, -2).repeat_interleave(scale, -1),
-        "bicubic": to_bytes(cubic_resize(unit_range(lr, torch.float32), size)),
-    }
+    pixels = (
+        {"input": lr}
+        if scale == 1
+        else {
+            "nearest": lr.repeat_interleave(scale, -2).repeat_interleave(scale, -1),
+            "bicubic": to_bytes(cubic_resize(unit_range(lr, torch.float32), size)),
+        }
+    )
     pixels |= {title: upscale(upscaler, lr) for title, upscaler in upscalers.items()}
     # An LR image made from an uncropped HR image is upscaled to a few pixels more than HR has.
     height, width = hr.shape[-2:]
+    border = border_of(scale)
     pixels = {title: image[..., :height, :width] for title, image in pixels.items()}
     try:
         scores = {
-            title: measure(image, hr, scale, measures) | _drift(image, hr, scale)
+            title: measure(image, hr, border, measures) | _drift(image, hr, border)
             for title, image in pixels.items()
         }
     except ValueError as error:
@@ -99,7 +113,8 @@ def measure_image(
 
 def _drift(sr: Tensor, hr: Tensor, border: int) -> dict[str, float]:
     """Mean of SR - HR inside the borders for each colour, in levels of 0 to 255."""
-    inner = (..., slice(border, -border), slice(border, -border))
+    height, width = hr.shape[-2:]
+    inner = (..., slice(border, height - border), slice(border, width - border))
     drift = [
         mean_of(channel) for channel in (sr[inner].double() - hr[inner].double()).unbind(dim=1)
     ]

@@ -22,6 +22,7 @@ import torch
 
 from pipeline.evaluation.image_sets import ImageSet
 from pipeline.evaluation.scoring import BASELINES, DRIFTS, ImageScores
+from pipeline.images import border_of
 from pipeline.metrics import METRICS, Metric, means
 from pipeline.metrics.psnr_ssim import CONVENTION
 
@@ -104,12 +105,15 @@ def difference(images: Sequence[ImageScores], method: str, against: str, metric:
 
 
 def differences(images: Sequence[ImageScores]) -> list[Difference]:
-    """Compare every model with bicubic and the models before it in the measured main metrics."""
+    """Compare every model with its input and the models before it in the measured main metrics.
+
+    The input is bicubically upscaled, except at x1.
+    """
     methods = images[0].methods
     models = [name for name in methods if name not in BASELINES]
     metrics = main_metrics(methods[models[0]])
     pairs = [
-        *((model, "bicubic") for model in models),
+        *((model, images[0].reference) for model in models),
         *((second, first) for first, second in combinations(models, 2)),
     ]
     return [
@@ -138,13 +142,18 @@ class SetScores:
 
     @property
     def methods(self) -> list[str]:
-        """The methods: nearest, bicubic, then the models."""
+        """The methods: nearest and bicubic, or at x1 the input, then the models."""
         return list(self.images[0].methods)
 
     @property
     def metrics(self) -> list[str]:
         """The measured metrics, without the colour drift."""
-        return [metric for metric in METRICS if metric in self.images[0].methods["bicubic"]]
+        return [metric for metric in METRICS if metric in self.images[0].methods[self.reference]]
+
+    @property
+    def reference(self) -> str:
+        """What the models are compared with: bicubic, or at x1 the input."""
+        return self.images[0].reference
 
     def mean(self, method: str) -> dict[str, float]:
         """Return the mean of every metric for a method."""
@@ -163,7 +172,7 @@ class SetScores:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """The comparisons of every model with bicubic and the other models."""
+        """The comparisons of every model with its input and the other models."""
         return differences(self.images)
 
 
@@ -245,10 +254,15 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _convention(scale: int) -> str:
     return (
-        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels are cropped from "
-        "every border. Means over the images, whose number is in parentheses. Float: Y not "
-        "rounded, as in BasicSR."
+        f"Y is BT.601 luma rounded to uint8, as in the papers; {cropped(scale)}. Means over the "
+        "images, whose number is in parentheses. Float: Y not rounded, as in BasicSR."
     )
+
+
+def cropped(scale: int) -> str:
+    """Say which borders are not measured."""
+    border = border_of(scale)
+    return f"{border} pixels are cropped from every border" if border else "no border is cropped"
 
 
 def _conventions(sets: Sequence[SetScores]) -> list[str]:
@@ -351,79 +365,84 @@ def _ends(found: Interval) -> list[float] | None:
 # One model on one set as a table for the terminal, and everything as JSON.
 
 PAPERS = METRICS["psnr_y"].convention
-COLUMNS = (
-    "PSNR-Y bicubic",
-    "PSNR-Y model",
-    "   gain",  # wide enough for "+12.345"
-    "SSIM-Y bicubic",
-    "SSIM-Y model",
-)
 
 
 def format_table(scores: SetScores, title: str, scale: int) -> str:
-    """Return a table of the model `title` beside bicubic, one row per image.
+    """Return a table of the model `title` beside bicubic (at x1, its input), one row per image.
 
     The means follow, then the means in the other conventions.
     """
+    reference = scores.reference
+    columns = (
+        f"PSNR-Y {reference}",
+        "PSNR-Y model",
+        "   gain",  # wide enough for "+12.345"
+        f"SSIM-Y {reference}",
+        "SSIM-Y model",
+    )
     width = max(len("image"), *(len(image.name) for image in scores.images))
-    rule = "-" * (width + sum(len(column) + 2 for column in COLUMNS))
+    rule = "-" * (width + sum(len(column) + 2 for column in columns))
 
     def row(name: str, methods: dict[str, dict[str, float]]) -> str:
         return f"{name:<{width}}" + "".join(
             f"  {cell:>{len(column)}}"
             for cell, column in zip(
-                _cells(methods[title], methods["bicubic"]), COLUMNS, strict=True
+                _cells(methods[title], methods[reference]), columns, strict=True
             )
         )
 
     means = {method: scores.mean(method) for method in scores.methods}
     return "\n".join(
         [
-            f"{'image':<{width}}" + "".join(f"  {column}" for column in COLUMNS),
+            f"{'image':<{width}}" + "".join(f"  {column}" for column in columns),
             rule,
             *(row(image.name, image.methods) for image in scores.images),
             rule,
             row("mean", means),
             "",
-            *_other_conventions(means, means[title], scale),
+            *_other_conventions(means, reference, means[title], scale),
         ]
     )
 
 
-def _cells(model: dict[str, float], bicubic: dict[str, float]) -> tuple[str, ...]:
-    """Return the cells of `COLUMNS`."""
-    gain = model["psnr_y"] - bicubic["psnr_y"]
+def _cells(model: dict[str, float], reference: dict[str, float]) -> tuple[str, ...]:
+    """Return the cells of a row of `format_table`."""
+    gain = model["psnr_y"] - reference["psnr_y"]
     return (
-        number(bicubic["psnr_y"], "psnr_y"),
+        number(reference["psnr_y"], "psnr_y"),
         number(model["psnr_y"], "psnr_y"),
         number(gain, "psnr_y", "+"),
-        number(bicubic["ssim_y"], "ssim_y"),
+        number(reference["ssim_y"], "ssim_y"),
         number(model["ssim_y"], "ssim_y"),
     )
 
 
 def _other_conventions(
-    means: dict[str, dict[str, float]], model: dict[str, float], scale: int
+    means: dict[str, dict[str, float]], reference: str, model: dict[str, float], scale: int
 ) -> list[str]:
     """Return one line per convention for the metrics that have no column in the table."""
-    bicubic = means["bicubic"]
+    before = means[reference]
     metrics = [
         metric for name, metric in METRICS.items() if name in model and metric.convention != PAPERS
     ]
     lines = [
-        f"  {title:<29} bicubic {_values(group, bicubic)}   model {_values(group, model)}"
+        f"  {title:<29} {reference} {_values(group, before)}   model {_values(group, model)}"
         for title, group in (
             (title, list(group)) for title, group in groupby(metrics, _convention_of)
         )
     ]
     papers = [METRICS["psnr_y"], METRICS["ssim_y"]]
+    drift = f"{reference} {_drift(before)}   model {_drift(model)}"
     return [
-        f"Y is BT.601 luma rounded to uint8, as in the papers; {scale} pixels are cropped from "
-        "every border; PSNR in dB.",
+        f"Y is BT.601 luma rounded to uint8, as in the papers; {cropped(scale)}; PSNR in dB.",
         "Means in other conventions:",
         *lines,
-        f"  {'colour drift, levels R G B':<29} bicubic {_drift(bicubic)}   model {_drift(model)}",
-        f"  {f'nearest, {PAPERS}':<29} {_values(papers, means['nearest'])}",
+        f"  {'colour drift, levels R G B':<29} {drift}",
+        *(
+            f"  {f'nearest, {PAPERS}':<29} {_values(papers, means[method])}"
+            for method in means
+            if method == "nearest"
+        ),
     ]
 
 
@@ -458,7 +477,8 @@ def as_json(
     has everything. `models` describes each model, including its "title".
     """
     first = sets[0]
-    columns = {"model": models[0]["title"], "bicubic": "bicubic", "nearest": "nearest"}
+    baselines = [method for method in reversed(BASELINES) if method in first.methods]
+    columns = {"model": models[0]["title"], **{method: method for method in baselines}}
     data = {
         "hr": str(first.data.hr),
         "lr": None if first.data.lr is None else str(first.data.lr),

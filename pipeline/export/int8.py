@@ -11,6 +11,7 @@ from INT8. So do the last convolutions, because no later layer smooths their rou
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import tempfile
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +41,14 @@ from pipeline.export.parity import (
     read_photographs,
 )
 from pipeline.files import flush
-from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, unit_range
+from pipeline.images import (
+    border_of,
+    crop_to_multiple,
+    cubic_resize,
+    to_bytes,
+    to_tensor,
+    unit_range,
+)
 from pipeline.libraries import import_onnxruntime
 from pipeline.metrics.psnr_ssim import psnr, psnr_y
 from pipeline.models.weights import SavedNetwork
@@ -52,6 +61,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_SIDE = 96
 """Side of a calibration image, in LR pixels."""
+QUALITY_AT_X1 = 50
 PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Metadata of a file that ONNX Runtime has pre-processed. It avoids a warning: PyTorch's exporter
 has already done that work."""
@@ -63,8 +73,8 @@ def calibration_images(
     """Return `count` random crops as uint8 1 x 3 x `CALIBRATION_SIDE` x `CALIBRATION_SIDE`.
 
     Crops of smaller photographs are smaller. The photographs are taken in turn, alternately in
-    their own size, as users upscale them, and reduced by `scale`, as training and benchmarks make
-    LR images. Reduced ones have sharper edges.
+    their own size, as users upscale them, and as `low_resolution` makes LR images. Reduced ones
+    have sharper edges.
     """
     generator = torch.Generator().manual_seed(seed)
     crops = []
@@ -72,13 +82,29 @@ def calibration_images(
         pixels = photos[number % len(photos)].pixels
         size = (pixels.shape[-2] // scale, pixels.shape[-1] // scale)
         if (number + number // len(photos)) % 2 and min(size) >= CALIBRATION_SIDE // 2:
-            pixels = to_bytes(cubic_resize(unit_range(pixels, torch.float32), size))
+            pixels = low_resolution(pixels, scale)
         top, left = (
             int(torch.randint(max(1, side - CALIBRATION_SIDE + 1), (), generator=generator))
             for side in pixels.shape[-2:]
         )
         crops.append(pixels[..., top : top + CALIBRATION_SIDE, left : left + CALIBRATION_SIDE])
     return crops
+
+
+def low_resolution(hr: Tensor, scale: int) -> Tensor:
+    """Return the uint8 LR images of HR, 1 x 3 x H x W: reduced by `scale`, as benchmarks make them.
+
+    At x1 they are compressed as JPEG of quality `QUALITY_AT_X1` instead: a network that restores
+    changes an undegraded photograph so little that INT8's error would be nearly all of the
+    difference.
+    """
+    if scale > 1:
+        size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
+        return to_bytes(cubic_resize(unit_range(hr, torch.float32), size))
+    file = io.BytesIO()
+    pixels = np.ascontiguousarray(hr[0].permute(1, 2, 0).numpy())
+    Image.fromarray(pixels).save(file, "jpeg", quality=QUALITY_AT_X1)
+    return to_tensor(np.array(Image.open(file)))
 
 
 def as_input(images: Tensor, form: Form) -> np.ndarray:
@@ -211,10 +237,9 @@ class PhotographScore:
 def measure_drop(
     fp32: RunBatch, int8: RunBatch, photos: Sequence[Photograph], scale: int, form: Form
 ) -> list[PhotographScore]:
-    """Run both networks on the bicubic LR image of every photograph and score them.
+    """Run both networks on the LR image of every photograph (`low_resolution`) and score them.
 
-    PSNR-Y is computed as in the papers (`psnr_ssim`): uint8 Y, with `scale` pixels cropped from
-    every border.
+    PSNR-Y is computed as in the papers (`psnr_ssim`): uint8 Y, without the borders (`border_of`).
 
     Raises:
         RunError: a network fails.
@@ -222,16 +247,17 @@ def measure_drop(
     scores = []
     for photo in tqdm(photos, desc="measuring the drop", unit="image", **bar_options()):
         hr = crop_to_multiple(_middle(photo.pixels), scale)
-        size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
-        lr = as_input(to_bytes(cubic_resize(unit_range(hr, torch.float32), size)), form)
+        lr = as_input(low_resolution(hr, scale), form)
         try:
             expected, found = as_bytes(fp32(lr), form), as_bytes(int8(lr), form)
         except Exception as error:  # each backend has its own exceptions
             raise RunError(
                 f"the network cannot be run on {photo.name!r} ({one_line(error)})"
             ) from error
+        border, (height, width) = border_of(scale), hr.shape[-2:]
         hr_inner, expected_inner, found_inner = (
-            images[..., scale:-scale, scale:-scale] for images in (hr, expected, found)
+            images[..., border : height - border, border : width - border]
+            for images in (hr, expected, found)
         )
         scores.append(
             PhotographScore(

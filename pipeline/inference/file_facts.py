@@ -33,8 +33,8 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
     """Return the facts of a file, which messages call `name`.
 
     Raises:
-        UserError: the file is not a network that turns one RGB image into a larger one, with float
-            or uint8 values.
+        UserError: the file is not a network that restores or enlarges one RGB image, with float or
+            uint8 values.
     """
     facts = _from_input(file, name)
     said = file.metadata
@@ -163,8 +163,8 @@ def _with_scale(file: NetworkFile, facts: FileFacts, photo: np.ndarray, name: st
             return replace(facts, scale=scale)
         reason = f"its result, downscaled, has {psnr:.0f} dB PSNR against the input"
     raise UserError(
-        f"{name} does not enlarge an RGB photograph ({reason}); does it expect other values or "
-        "another channel order?"
+        f"{name} does not restore or enlarge an RGB photograph ({reason}); does it expect other "
+        "values or another channel order?"
     )
 
 

@@ -68,7 +68,12 @@ class TargetSize:
         return max(1, round(height * factor)), max(1, round(width * factor))
 
     def passes(self, height: int, width: int, network_scale: int) -> int:
-        """Return how many times the network is applied to reach the size, at least once."""
+        """Return how many times the network is applied to reach the size, at least once.
+
+        A network of scale 1 is applied once; resizing does the rest.
+        """
+        if network_scale == 1:
+            return 1
         start, end = self.start(height, width), self.end(height, width, network_scale)
         count = 1
         while any(

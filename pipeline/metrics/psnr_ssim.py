@@ -19,7 +19,7 @@ from torch import Tensor
 
 CONVENTION = (
     "PSNR and SSIM on BT.601 studio-range Y rounded to uint8, as in the papers; "
-    "*_float on unrounded Y, as in BasicSR; `scale` pixels cut from every border"
+    "*_float on unrounded Y, as in BasicSR; `scale` pixels cut from every border, none at x1"
 )
 DATA_RANGE = 255.0
 WINDOW, SIGMA = 11, 1.5

@@ -1,6 +1,8 @@
 """Previews: the same pictures, upscaled during training, which show what the network has learnt.
 
 <log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with PSNR
+
+At x1, the first is the input itself.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.dataset import Image as ImageFile
 from pipeline.data.image_files import is_encoded, is_npy
 from pipeline.files import write_atomically
+from pipeline.images import border_of
 from pipeline.metrics import METRICS, load_measures, measure
-from pipeline.training.validation import ValidationPair, bicubic, read_pair
+from pipeline.training.validation import ValidationPair, enlarged_input, read_pair
 
 PREVIEWS_DIR = "samples"  # the name that existing run folders use
 ENLARGED = 320  # pixels; smaller pictures are enlarged up to this by a whole factor
@@ -105,11 +108,10 @@ class Previews:
         self, folder: Path, pairs: Sequence[ValidationPair], scale: int, step: int
     ) -> None:
         self.pairs = list(pairs)
-        self._scale = scale
+        self._border = border_of(scale)
         self._folders = _folders(folder, [pair.name for pair in pairs])
-        self._bicubic = [
-            self._captioned(cubic, pair, "bicubic") for pair in pairs for cubic in [bicubic(pair)]
-        ]
+        title = "bicubic" if scale > 1 else "input"
+        self._inputs = [self._captioned(enlarged_input(pair), pair, title) for pair in pairs]
         for sheet in folder.glob("*/step-*.png"):
             number = re.fullmatch(r"step-(\d+)", sheet.stem)
             if number and int(number[1]) > step:
@@ -122,15 +124,15 @@ class Previews:
         `outputs`: the network's output for each, uint8 (1, 3, height, width), on the CPU. Raises
         `OSError` if a file cannot be written.
         """
-        for pair, cubic, sr, folder in zip(
-            self.pairs, self._bicubic, outputs, self._folders, strict=True
+        for pair, before, sr, folder in zip(
+            self.pairs, self._inputs, outputs, self._folders, strict=True
         ):
-            panels = [cubic, self._captioned(sr, pair, f"step {step}"), (pair.hr, "HR")]
+            panels = [before, self._captioned(sr, pair, f"step {step}"), (pair.hr, "HR")]
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / f"step-{step:08d}.png", _sheet(panels))
 
     def _captioned(self, image: Tensor, pair: ValidationPair, name: str) -> tuple[Tensor, str]:
-        score = measure(image, pair.hr, self._scale, load_measures([METRICS["psnr_y"]]))["psnr_y"]
+        score = measure(image, pair.hr, self._border, load_measures([METRICS["psnr_y"]]))["psnr_y"]
         return image, f"{name}  {METRICS['psnr_y'].limited(score):.2f} dB"
 
 

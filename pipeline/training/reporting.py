@@ -18,7 +18,7 @@ from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
 from pipeline.training.meter import MOST_WAIT, Reading
 from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
-from pipeline.training.validation import bicubic
+from pipeline.training.validation import enlarged_input
 
 TIME_SHARE = 0.05  # of the process's time, for previews at the ends of epochs
 FREE_SECONDS = 5.0  # for previews, in addition to that share
@@ -78,7 +78,7 @@ class Reporter:
     def begin(self) -> None:
         """Log the previews' inputs and targets, and, at step 0, the initial output."""
         for pair in self._previews.pairs:
-            self.journal.picture(self._progress.step, f"{pair.name}/input", bicubic(pair))
+            self.journal.picture(self._progress.step, f"{pair.name}/input", enlarged_input(pair))
             self.journal.picture(self._progress.step, f"{pair.name}/target", pair.hr)
         if self._progress.step == 0:
             self.show_previews()

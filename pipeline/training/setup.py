@@ -511,6 +511,12 @@ def _introduction(
     ]
     if execution.remark:
         lines.append(execution.remark)
+    if recipe.scale == 1 and isinstance(recipe.data.degradation, BicubicSpec):
+        noise = ", except for lr_noise, which validation images do not get"
+        lines.append(
+            "note: at scale 1, data.degradation: bicubic makes LR equal to HR"
+            f"{noise if recipe.data.lr_noise.probability else ''}; choose another degradation"
+        )
     return (
         lines
         if resumed is None

@@ -17,7 +17,14 @@ from pipeline.data.decoding import BadFileError, HostDecoder
 from pipeline.data.image_files import is_npy, npy_layout
 from pipeline.data.reader import low_resolution
 from pipeline.distributed.ranks import Ranks
-from pipeline.images import cubic_resize, to_bytes, to_tensor, unit_range, without_tf32
+from pipeline.images import (
+    border_of,
+    cubic_resize,
+    to_bytes,
+    to_tensor,
+    unit_range,
+    without_tf32,
+)
 from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, measure, metric_of
 
 KEPT_BYTES = 1 << 29  # of images kept in memory per rank; the rest is read again each time
@@ -82,7 +89,7 @@ class ValidationSet:
             if len(images) <= limit
             else [i * len(images) // limit for i in range(limit)]
         )
-        self.count, self.recipe, self.scale = len(numbers), recipe, recipe.scale
+        self.count, self.recipe, self.border = len(numbers), recipe, border_of(recipe.scale)
         self.ranks, self.memory_format = ranks, memory_format
         self._images = [
             (number, images[number]) for number in numbers[ranks.rank :: ranks.world_size]
@@ -110,14 +117,14 @@ class ValidationSet:
         pair = read_pair(image, number, self.recipe)
         height, width = pair.hr.shape[-2:]
         for metric, _, smallest in self._measures:
-            if min(height, width) < smallest + 2 * self.scale:
+            if min(height, width) < smallest + 2 * self.border:
                 trunk = getattr(self.recipe, f"validation_{metric.name}", "")
                 option = (
                     f"validation_{metric.name}: {trunk}" if trunk else f"best.metric: {metric.key}"
                 )
                 raise UserError(
                     f"{image.path}: {height}x{width} is too small for {option}, which needs "
-                    f"{smallest} pixels inside borders of {self.scale}; remove it from the "
+                    f"{smallest} pixels inside borders of {self.border}; remove it from the "
                     "validation list, or set "
                     f"{f'validation_{metric.name}=off' if trunk else 'best.metric=psnr'}"
                 )
@@ -129,7 +136,7 @@ class ValidationSet:
     ) -> dict[str, float] | None:
         """Return the mean scores of `network` over all ranks' images, by metric.
 
-        Borders of `scale` pixels are cut off. `go_on(images done, share)` is called before each
+        Borders (`images.border_of`) are cut off. `go_on(images done, share)` is called before each
         image of this rank's share; if it returns False on any rank, the result is None. All ranks
         call it together.
         """
@@ -148,7 +155,7 @@ class ValidationSet:
 
     def score(self, sr: Tensor, pair: ValidationPair) -> dict[str, float]:
         """Return the scores of one image, infinite ones limited so that the mean stays finite."""
-        scores = measure(sr, pair.hr.to(sr.device), self.scale, self._measures)
+        scores = measure(sr, pair.hr.to(sr.device), self.border, self._measures)
         return {name: METRICS[name].limited(value) for name, value in scores.items()}
 
     @torch.inference_mode()
@@ -159,8 +166,8 @@ class ValidationSet:
             return to_bytes(network(lr)).contiguous()
 
 
-def bicubic(pair: ValidationPair) -> Tensor:
-    """Upscale a pair's LR bicubically: uint8, on the host."""
+def enlarged_input(pair: ValidationPair) -> Tensor:
+    """Upscale a pair's LR bicubically to the size of HR: uint8, on the host. At x1, it is LR."""
     size = (pair.hr.shape[-2], pair.hr.shape[-1])
     return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
 

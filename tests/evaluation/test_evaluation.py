@@ -11,8 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import warm
-from fabricate import CHECKOUT, make_run, picture, shared, tiny_network, tiny_saved, write_images
+from fabricate import (
+    CHECKOUT,
+    make_run,
+    picture,
+    run_command,
+    shared,
+    tiny_network,
+    tiny_saved,
+    write_images,
+)
 from pipeline.cli import UserError
 from pipeline.data.image_pixels import read_rgb
 from pipeline.evaluation import (
@@ -292,6 +302,54 @@ def test_the_table_shows_the_scores():
         "  colour drift, levels R G B    bicubic +31.25 +31.25 +31.25   model +32.50 +32.50 +32.50",
         "  nearest, Y as in the papers   1.000 dB / 1.0000",
     ]
+
+
+def test_a_network_that_restores_is_compared_with_its_input(tmp_path, capsys):
+    sides = {f"{i}.png": picture(40 + i, 60, i) for i in range(2)}
+    hr = write_images(tmp_path / "hr", sides)
+    noise = np.random.default_rng(0).normal(0, 12, (60, 60, 3))
+    lr = write_images(
+        tmp_path / "lr",
+        {
+            name: np.clip(pixels + noise[: len(pixels)], 0, 255).astype(np.uint8)
+            for name, pixels in sides.items()
+        },
+    )
+    saved = tiny_saved(1, scale=1, global_residual="bicubic")
+    write_network(tmp_path / "net.pth", saved)
+    arguments = ("--model", tmp_path / "net.pth", "--hr", hr, "--out", tmp_path / "out")
+    status, printed, _ = run_command(
+        capsys, evaluate, *arguments, "--lr", lr, "--html", tmp_path / "html"
+    )
+    assert status == 0
+    assert "PSNR-Y input" in printed
+    assert "no border is cropped" in printed
+    assert "hr: net over input" in printed
+    text = (tmp_path / "html/index.html").read_text()
+    assert "gain over the input, dB" in text
+    assert "No border is cropped." in text
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert list(report["mean"]) == ["model", "input"]
+    assert set(report["benchmarks"][0]["mean"]) == {"input", "net"}
+    for place, name in enumerate(sides):
+        pixels = [torch.from_numpy(read_rgb(side / name))[None] for side in (lr, hr)]
+        before, after = (image.permute(0, 3, 1, 2) for image in pixels)
+        expected = measure(before, after, 0)
+        found = report["images"][place]["input"]
+        assert {key: found[key] for key in expected} == expected
+        difference = (before.double() - after.double()).mean(dim=(0, 2, 3))
+        assert [found[key] for key in DRIFTS] == pytest.approx(difference.tolist())
+    words = f"{printed} {text} {(tmp_path / 'out/evaluation.md').read_text()}"
+    assert "bicubic" not in words
+    assert "nearest" not in words
+
+    status, _, error = run_command(capsys, evaluate, *arguments)
+    assert status == 2
+    assert "(x1), so its input cannot be made by downscaling; give degraded images" in error
+    write_images(tmp_path / "small", {name: pixels[:39] for name, pixels in sides.items()})
+    status, _, error = run_command(capsys, evaluate, *arguments, "--lr", tmp_path / "small")
+    assert status == 2
+    assert "at scale 1 its HR image must be 60x39" in error
 
 
 def test_json_has_null_for_infinity(tmp_path):

@@ -18,9 +18,19 @@ from fabricate import picture, run_command, write_images
 from pipeline import cli
 from pipeline.cli import UserError
 from pipeline.export import int8
-from pipeline.export.int8 import CALIBRATING, MEASURING, Int8, calibration_images, gather
-from pipeline.export.parity import read_photographs
-from pipeline.images import cubic_resize
+from pipeline.export.int8 import (
+    CALIBRATING,
+    MEASURING,
+    Int8,
+    calibration_images,
+    gather,
+    low_resolution,
+    measure_drop,
+)
+from pipeline.export.onnx_file import Form
+from pipeline.export.parity import Photograph, read_photographs
+from pipeline.images import cubic_resize, unit_range
+from pipeline.metrics.psnr_ssim import psnr_y
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
 
@@ -279,6 +289,26 @@ def test_crops_depend_on_the_seed_use_every_photograph_and_half_are_reduced(phot
     parts = [[is_part(crop, photo.pixels) for photo in calibrating] for crop in first]
     assert [any(part) for part in parts].count(True) == 4
     assert all(any(part[number] for part in parts) for number in range(2))
+
+
+def test_a_network_that_restores_is_measured_on_jpegs_and_to_the_border():
+    """An undegraded photograph would be its own result, and INT8's error all of the drop."""
+    photo = Photograph("a.png", torch.from_numpy(picture(70, 90)).permute(2, 0, 1)[None])
+    shown = []
+
+    def spoil_border(images):
+        shown.append(torch.from_numpy(images))
+        spoilt = images.copy()
+        spoilt[..., 0] = 0
+        return spoilt
+
+    form = Form()
+    (score,) = measure_drop(lambda images: images, spoil_border, [photo], 1, form)
+    lr = low_resolution(photo.pixels, 1)
+    assert torch.equal(shown[0], unit_range(lr, torch.float32))
+    assert 20 < score.fp32 == psnr_y(lr, photo.pixels) < 45
+    assert score.int8 < score.fp32
+    assert low_resolution(photo.pixels, 2).shape == (1, 3, 35, 45)
 
 
 def test_shipped_photographs_that_calibrate_do_not_measure():

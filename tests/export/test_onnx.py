@@ -33,11 +33,19 @@ CPU = torch.device("cpu")
 SMALL = {"num_features": 8, "num_blocks": 1}
 ALL = [  # every network of the table; among them every form
     ("vapsr", 4, {**SMALL, "num_attention_features": 12}, Form(io="uint8", layout="nhwc")),
-    ("srresnet", 2, SMALL, Form(io="uint8", layout="nhwc", half=True)),
+    ("srresnet", 1, SMALL, Form(io="uint8", layout="nhwc", half=True)),
     ("msrresnet", 3, SMALL, Form(layout="nhwc", half=True)),
-    ("rrdbnet", 2, {**SMALL, "num_grow_ch": 4}, Form()),  # pixel-unshuffles: odd sizes are extended
-    ("compact", 2, {"num_features": 8, "num_conv": 1}, Form(io="uint8", opset=18)),
+    ("rrdbnet", 1, {**SMALL, "num_grow_ch": 4}, Form()),  # pixel-unshuffles: odd sizes are extended
+    ("compact", 1, {"num_features": 8, "num_conv": 1}, Form(io="uint8", opset=18)),
     ("spandrel", 2, {"arch": "Compact", "num_feat": 8, "num_conv": 1}, Form(half=True)),
+    ("vapsr", 1, {**SMALL, "num_attention_features": 8, "global_residual": "bicubic"}, Form()),
+    (
+        "spandrel",
+        1,
+        {"arch": "NAFNet", "width": 8, "enc_blk_nums": [1], "dec_blk_nums": [1]}
+        | {"middle_blk_num": 1},
+        Form(),
+    ),
 ]
 
 
@@ -89,7 +97,7 @@ def converted(index):
     return saved, content
 
 
-@pytest.mark.parametrize("index", range(len(ALL)), ids=[case[0] for case in ALL])
+@pytest.mark.parametrize("index", range(len(ALL)), ids=[f"{case[0]} x{case[1]}" for case in ALL])
 def test_every_network_at_any_size(tmp_path, photos, index):
     name, scale, _, form = ALL[index]
     saved, content = converted(index)

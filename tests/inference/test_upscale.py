@@ -40,6 +40,7 @@ from pipeline.inference import (
 from pipeline.inference.backends import precision_of
 from pipeline.inference.devices import Device
 from pipeline.inference.pictures import Picture
+from pipeline.inference.sizes import upscale_images
 from pipeline.inference.tiles import lay_tiles
 from pipeline.inference.video import _pixels
 from pipeline.libraries import import_torchvision
@@ -128,6 +129,20 @@ def test_tiled_equals_untiled(tile, kind):
         image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing
     )
     assert np.abs(seams.astype(int) - whole.astype(int)).max() > 2  # so tiles have to overlap
+
+
+def test_a_network_of_scale_1_is_applied_once_to_any_size():
+    network = tiny_network(0, scale=1, num_blocks=1)
+    image = picture(20, 30)[None]
+    restored = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing)
+    assert restored.shape == image.shape
+    for scale, size in ((2.5, (50, 75)), (0.5, (10, 15)), (None, (20, 30))):
+        target = TargetSize(scale)
+        assert (target.passes(20, 30, 1), target.work(20, 30, 1)) == (1, 600)
+        result = upscale_images(image, target, on_cpu(network), nothing)
+        assert result.shape == (1, *size, 3)
+        if scale is None:
+            assert np.array_equal(result, restored)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 17, 1000), (2, 300, 40), (1, 257, 255)])

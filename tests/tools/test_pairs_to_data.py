@@ -106,6 +106,33 @@ def test_crops_stay_aligned(folders, tmp_path, arguments):
         assert np.array_equal(reduced(hr), lr)
 
 
+def test_pairs_of_one_size(tmp_path):
+    """At scale 1, LR is degraded but not reduced; another size or a shift is no pair."""
+    photos = {f"{i}.png": photograph(130, 150, i) for i in range(3)}
+    sides = {name: recompressed(pixels, 20) for name, pixels in photos.items()}
+    sides["1.png"] = sides["1.png"][:65, :75]
+    sides["2.png"] = np.roll(sides["2.png"], 3, axis=1)
+    for folder, images in (("HR", photos), ("LR", sides)):
+        files = {name: encoded(pixels, "png") for name, pixels in images.items()}
+        write_files(tmp_path / folder, files)
+    arguments = ("--scale", 1, "--out", tmp_path / "data/x1", "--size", 48, *UNGATED)
+    result = run_tool("pairs_to_data", tmp_path / "HR", tmp_path / "LR", *arguments)
+    assert "1 pair cut" in result.stdout
+    rejects = (tmp_path / "data/x1/rejects.jsonl").read_text()
+    assert "at --scale 1, LR must be 130x150" in rejects
+    assert "LR is shifted relative to HR by 0 rows and" in rejects
+    made = {record["path"]: record for record in records(tmp_path / "data/x1")}
+    for record in (record for record in made.values() if "lr" in record):
+        assert record["lr"] == record["path"].replace(".npy", "_lr1.npy")
+        rows, columns = (slice(record[side], record[side] + 48) for side in ("top", "left"))
+        for name, whole in ((record["path"], photos), (record["lr"], sides)):
+            pixels = np.load(tmp_path / "data/x1" / name)
+            assert np.array_equal(pixels, whole["0.png"][rows, columns])
+    gates = ("--min-size", 48, "--min-gradient", 0, "--min-sharpness", 0)
+    checked = run_tool("check_training_data", "--data-dir", tmp_path / "data", *gates)
+    assert f"{len(made)} good, 0 bad" in checked.stdout
+
+
 def _pixels(path: Path) -> np.ndarray:
     return np.load(path) if path.suffix == ".npy" else cv2.imread(str(path))[..., ::-1]
 
@@ -518,7 +545,7 @@ def test_bad_usage(folders, tmp_path):
     assert_user_error(
         cut(folders, out, "--size", 50), "--size 50", "multiple of the scale 4", "such as 48"
     )
-    assert_user_error(run_tool("pairs_to_data", *folders, "--scale", 1, "--out", out), "--scale 1")
+    assert_user_error(run_tool("pairs_to_data", *folders, "--scale", 0, "--out", out), "--scale 0")
     assert_user_error(
         run_tool(
             "pairs_to_data",

@@ -22,7 +22,7 @@ from pipeline.models import build_generator
 from pipeline.models.weights import read_network
 from pipeline.run_folder import checkpoint_dir
 from pipeline.training.previews import CAPTION, GAP, Previews, every_nth, read_previews
-from pipeline.training.validation import ValidationPair, bicubic, read_pair
+from pipeline.training.validation import ValidationPair, enlarged_input, read_pair
 
 
 def panels(sheet: Path, size: tuple[int, int], zoom: int) -> list[np.ndarray]:
@@ -71,7 +71,7 @@ def test_every_epoch_shows_the_same_photographs_and_training_does_not_feel_it(
         load_recipe("demo"),
     )
     with torch.inference_mode():
-        expected = [bicubic(pair), to_bytes(network(pair.lr)), pair.hr]
+        expected = [enlarged_input(pair), to_bytes(network(pair.lr)), pair.hr]
     shown = panels(run_dir / "samples/photos-10/step-00000008.png", (84, 66), 3)
     for image, wanted in zip(shown, expected, strict=True):
         np.testing.assert_array_equal(image, as_array(wanted))
