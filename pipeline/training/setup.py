@@ -22,6 +22,7 @@ from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import batch_sizes
 from pipeline.config.recipe import Recipe
+from pipeline.data.degradations.bicubic import BicubicSpec
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import num_threads
