@@ -52,6 +52,9 @@ DATA_COMMANDS = {
     "show-batch": Command("tools/show_batch.py", "draw the samples of a training step"),
     "list": Command("tools/list_data_folders.py", "list the folders of a dataset with their sizes"),
     "analyze": Command("tools/analyze_images.py", "measure means, spread, clipping and brightness"),
+    "estimate": Command(
+        "tools/estimate_degradation.py", "measure what LR images suffer from; write a preset"
+    ),
     "convert": Command("tools/convert_dataset.py", "store a dataset in another file format"),
     "benchmark": Command("tools/benchmark_formats.py", "time the file formats on a dataset"),
     "monitor": Command("tools/monitor_folder.py", "watch a folder grow"),

@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "list": ("tools/list_data_folders.py", "--data-dir", "data"),
     "monitor": ("tools/monitor_folder.py", "data", "--count", "1", "--interval", "0.1"),
     "analyze": ("tools/analyze_images.py", "--data-dir", "data", "--json", "a.json"),
+    "estimate": ("tools/estimate_degradation.py", "hr", "--json", "e.json"),
     "report": (
         "tools/dataset_report.py",
         "--data-dir",

@@ -1,0 +1,171 @@
+"""All measurements of one image: file and pixels in, numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.image_headers import ImageHeader
+from tools.estimation import chroma, jpeg, levels, noise, sharpness
+
+MIN_SIDE = 64  # pixels; smaller images say too little
+MAX_SIDE = 1024  # of the middle part that is measured
+Plane = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG compression, of the file itself or found in the pixels of another format."""
+
+    quality: int
+    subsampling: str | None
+    """"444", "422", "440", "420", "411", "410", "gray", "other"; `None`: unknown."""
+    offset: tuple[int, int]
+    """(row, column) of the first whole block, 0..7 each."""
+    is_file: bool
+    is_standard: bool = True
+    """Whether the file's tables are libjpeg's; the quality is the nearest one otherwise."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one image shows. Levels are 0..255; lengths are in its own pixels."""
+
+    name: str
+    height: int
+    width: int
+    format: str
+    is_lossy: bool
+    """Whether the file's own codec is lossy."""
+    depth: int
+    """Bits per sample of the file."""
+    jpeg: Jpeg | None
+    subsampling: str | None
+    """Of chroma, by any codec; "gray" for an image without colours; `None`: unknown."""
+    luma_noise: float
+    """Standard deviation in Y: of white noise, before the JPEG compression if there is one."""
+    visible_noise: float
+    """The smallest noise that a JPEG compression leaves visible; 0 without one."""
+    chroma_noise: float | None
+    """Standard deviation in Cb and Cr; `None` where JPEG hides it, and for gray images."""
+    enlargement: float | None
+    """Factor of an earlier enlargement; `None`: none was found."""
+    is_repeated: bool
+    """Whether it repeated pixels (nearest neighbour)."""
+    blur: float | None
+    """Sigma of a Gaussian blur, in pixels before the enlargement; `None`: too few edges."""
+    levels: int | None
+    """Levels per 256 that are in use; `None`: unknown."""
+    bars: tuple[int, int, int, int]
+    """Heights and widths of black bars: top, bottom, left, right."""
+    combed: float
+    """Share of the blocks with the teeth of interlaced frames."""
+
+
+def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: bytes) -> Measurement:
+    """Measure one image.
+
+    `pixels` is the decoded image, uint8 RGB (height, width, 3), upright; `data` its file. Raises
+    `ValueError` if it is smaller than `MIN_SIDE`, black bars excluded.
+    """
+    height, width = pixels.shape[:2]
+    bars = levels.black_bars(_luma(pixels))
+    top, left, part = _middle(pixels, bars)
+    if min(part.shape[:2]) < MIN_SIDE:
+        raise ValueError(f"{height}x{width}: too small to measure; the least is {MIN_SIDE} pixels")
+    luma = _luma(part)
+    blue, red = (part[..., 2] - luma) / 1.772, (part[..., 0] - luma) / 1.402
+    clipped = ((part == 0) | (part == 255)).any(axis=2)
+    is_gray = max(float(np.abs(blue).max()), float(np.abs(red).max())) < 2
+
+    compression, trace = None, None
+    tables = jpeg.read_tables(data) if header.format == "jpeg" and header.is_lossy else None
+    if tables is not None:
+        steps = tables.luma.T if header.orientation >= 5 else tables.luma
+        # A rotation may shift the blocks.
+        origin = (0, 0) if header.orientation == 1 else _grid_of(luma)
+        grid = ((origin[0] - top) % 8, (origin[1] - left) % 8)
+        compression = Jpeg(
+            tables.quality, tables.subsampling, origin, True, is_standard=tables.is_standard
+        )
+    else:
+        trace = jpeg.find_trace(luma, clipped)
+        if trace is not None:
+            steps, grid = trace.luma, trace.offset
+            found = "gray" if is_gray else chroma.after_jpeg(blue, red, trace, clipped)
+            offset = (grid[0] + top) % 8, (grid[1] + left) % 8
+            compression = Jpeg(trace.quality, found, offset, False)
+    remaining = noise.white_noise(luma)
+    if compression is None:
+        luma_noise, visible, borders = remaining, 0.0, None
+    else:
+        borders = grid
+        luma_noise, visible = noise.noise_below_jpeg(jpeg.block_dct(luma, grid), steps)
+    enlargement = sharpness.find_enlargement(luma, remaining, borders)
+    if enlargement is None:
+        small = [luma, blue, red]
+        edge = sharpness.edge_sigma(luma, remaining, borders)
+    else:
+        small = [sharpness.reduced(plane, enlargement.factor) for plane in (luma, blue, red)]
+        edge = sharpness.edge_sigma(small[0], remaining)
+    subsampling, chroma_noise = "gray" if is_gray else None, None
+    if compression is not None:
+        subsampling = compression.subsampling
+    elif not is_gray:
+        # Before the enlargement, which interpolates chroma, too.
+        subsampling = chroma.in_turns(*small[1:])
+        chroma_noise = _chroma_noise(blue, red, subsampling)
+    return Measurement(
+        name=name,
+        height=height,
+        width=width,
+        format=header.format,
+        is_lossy=header.is_lossy,
+        depth=header.depth,
+        jpeg=compression,
+        subsampling=subsampling,
+        luma_noise=luma_noise,
+        visible_noise=visible,
+        chroma_noise=chroma_noise,
+        enlargement=None if enlargement is None else enlargement.factor,
+        is_repeated=enlargement is not None and enlargement.is_repeated,
+        blur=None if edge is None else sharpness.blur_sigma(edge),
+        levels=levels.used_levels(part),
+        bars=bars,
+        combed=levels.combed_share(luma),
+    )
+
+
+def _luma(pixels: NDArray[np.uint8]) -> Plane:
+    """Return ITU-R BT.601's luma, full range, not rounded."""
+    return pixels.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def _middle(
+    pixels: NDArray[np.uint8], bars: tuple[int, int, int, int]
+) -> tuple[int, int, NDArray[np.uint8]]:
+    """Return (top, left, pixels) of the middle part without the bars."""
+    starts, ends = [], []
+    for side, first, last in zip(pixels.shape[:2], bars[::2], bars[1::2], strict=True):
+        start, end = first, side - last
+        spare = max(0, end - start - MAX_SIDE)
+        starts.append(start + spare // 2)
+        ends.append(end - spare + spare // 2)
+    return starts[0], starts[1], pixels[starts[0] : ends[0], starts[1] : ends[1]]
+
+
+def _grid_of(luma: Plane) -> tuple[int, int]:
+    trace = jpeg.find_trace(luma)
+    return (0, 0) if trace is None else trace.offset
+
+
+def _chroma_noise(blue: Plane, red: Plane, subsampling: str) -> float:
+    """Return the noise of Cb and Cr, root mean square, at the size that chroma was stored in."""
+    across, down = {"444": (1, 1), "422": (2, 1), "440": (1, 2), "420": (2, 2)}[subsampling]
+    squares = [
+        noise.white_noise(chroma.reduced(plane, across, down, is_smooth=False)) ** 2
+        for plane in (blue, red)
+    ]
+    return float(np.sqrt(np.mean(squares)))
