@@ -10,10 +10,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli import RunError, UserError, run
 from pipeline.data.dataset import Dataset
-from pipeline.data.degradations.base import Parameters
+from pipeline.data.degradations import chain, host
+from pipeline.data.degradations.base import Degradation, Parameters
+from pipeline.data.degrading import turn
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
@@ -50,14 +52,17 @@ from tools.parallel import progress, quiet_libraries
 
 GAP, BETWEEN = 14, 4  # pixels around a cell; pixels between LR and HR
 TEXT_WIDTH = 380  # minimum, so that small crops have room for their description
+MIN_STEP_WIDTH = 200  # likewise, of the panel of a step
 LETTERS, LINE = 12, 16
 MAX_LINES = 12  # per cell, to estimate the size of a sheet
 ASPECT = 1.4  # of a sheet; about that of a screen
 DEFAULT_OUT = "show_batch.png"
 DEFAULT_COUNT = 16
-PANEL, LARGE_PANEL = 256, 768
+PANEL, LARGE_PANEL, STEP_PANEL = 256, 768, 384
 MAX_PIXELS = 100_000_000  # of a sheet
 END_OF_SAMPLES = 10**15
+SEEDS = ("words", "seed", "seeds", "phases")  # parameters of steps that say nothing to a reader
+MAX_LISTED = 4  # values of a list
 FLAGS = ("--json", "--help", "-h")  # options without a value
 
 
@@ -68,6 +73,8 @@ class DrawnPair(NamedTuple):
     name: str
     hr: np.ndarray
     lr: np.ndarray
+    region: np.ndarray | None = None
+    """The part of the photograph that a chain has degraded, which includes the HR crop."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ class Options:
 
     LR is on the left, in blocks, HR on the right. The pixels are exactly those of training on the
     CPU; a GPU may round differently. Recipe values can be overridden as in training. Use --sample
-    to show a sample that a message of a run mentions: python tools/show_batch.py --run
-    runs/vapsr_x4 --sample 48211
+    to show a sample that a message of a run mentions, and what every step of a chain did to it:
+    python tools/show_batch.py --run runs/vapsr_x4 --sample 48211
 
     Example: python tools/show_batch.py batch.png --recipe vapsr_x4 data.degradation=realesrgan
     """
@@ -129,10 +136,11 @@ class Options:
     sample: Annotated[
         tuple[int, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NUMBER")
     ] = ()
-    """Show only this sample, enlarged, such as one that a message mentions. May be repeated."""
+    """Show only this sample, enlarged, such as one that a message mentions; if its degradation is a
+    chain, the image after every step. May be repeated."""
     panel: int | None = None
     """Magnify crops by the largest integer factor with which they fit this many pixels (at least
-    1). Default: 256, with --sample 768."""
+    1). Default: 256; with --sample 768, or 384 for the steps of a chain."""
     json: bool = False
     """Print everything drawn for each sample, one line of JSON per sample."""
 
@@ -145,17 +153,24 @@ def main(options: Options) -> int:
     recipe = plan.recipe
     if options.panel is not None and not 32 <= options.panel <= 4096:
         raise UserError(f"--panel {options.panel}: must be 32 to 4096 pixels")
-    panel = options.panel or (LARGE_PANEL if options.sample else PANEL)
-    _refuse_large(Cell(recipe.data.crop, panel), len(numbers))
+    most_steps = _most_steps(recipe.data) if options.sample else 0
+    panel = options.panel or (
+        STEP_PANEL if most_steps else LARGE_PANEL if options.sample else PANEL
+    )
+    _refuse_large(Cell(recipe.data.crop, panel), len(numbers), most_steps)
     pairs = make_pairs(
-        plan, numbers, degrades_on_host=options.run is None or _degrades_on_host(options.run)
+        plan,
+        numbers,
+        degrades_on_host=options.run is None or _degrades_on_host(options.run),
+        keeps_regions=most_steps > 0,
     )
-    title = (
-        f"{recipe.name}, x{recipe.scale}, {recipe.data.degradation.name}: LR "
-        f"({recipe.data.crop // recipe.scale} "
-        f"pixels) | HR ({recipe.data.crop})"
-    )
-    picture = encode(np.asarray(sheet(title, pairs, recipe.data, recipe.scale, panel)), "png")
+    of = ", ".join(dict.fromkeys(_title(spec) for spec in recipe.data.degradation.by_folder))
+    sides = f"LR ({recipe.data.crop // recipe.scale} pixels) | HR ({recipe.data.crop})"
+    if most_steps:
+        sides = f"HR ({recipe.data.crop} pixels), every step, LR"
+    title = f"{recipe.name}, x{recipe.scale}, {of}: {sides}"
+    drawing = step_sheet if most_steps else sheet
+    picture = encode(np.asarray(drawing(title, pairs, recipe.data, recipe.scale, panel)), "png")
     try:
         write_atomically(out, picture)
     except OSError as error:
@@ -170,6 +185,18 @@ def main(options: Options) -> int:
         file=sys.stderr if options.json else sys.stdout,
     )
     return 0
+
+
+def _title(spec: Any) -> str:
+    return getattr(spec, "preset", "") or spec.name
+
+
+def _most_steps(spec: DataSpec) -> int:
+    """Return the largest number of steps that may be drawn; 0 if no folder has a chain."""
+    return max(
+        chain.number_of_items(of) + 1 if isinstance(of, chain.ChainSpec) else 0
+        for of in spec.degradation.by_folder
+    )
 
 
 def positionals_last(arguments: Sequence[str]) -> list[str]:
@@ -289,10 +316,11 @@ def _numbers(options: Options, batch: int) -> Sequence[int]:
     return numbers
 
 
-def _refuse_large(cell: Cell, count: int) -> None:
-    pixels = cell.sheet_pixels(count)
+def _refuse_large(cell: Cell, count: int, most_steps: int) -> None:
+    cells = 1 + most_steps // 2  # per sample; two panels fit into one
+    pixels = cell.sheet_pixels(count * cells)
     if pixels > MAX_PIXELS:
-        fitting = MAX_PIXELS // cell.sheet_pixels(1)
+        fitting = MAX_PIXELS // cell.sheet_pixels(cells)
         way_out = f"show at most {fitting} samples" if fitting else "use a smaller data.crop"
         raise UserError(
             f"{count} samples, each a pair of {cell.side}x{cell.side} pixels, would make a sheet "
@@ -308,12 +336,17 @@ def _sample_range(numbers: Sequence[int]) -> str:
 
 
 def make_pairs(
-    plan: TrainPlan, numbers: Sequence[int], *, degrades_on_host: bool = True
+    plan: TrainPlan,
+    numbers: Sequence[int],
+    *,
+    degrades_on_host: bool = True,
+    keeps_regions: bool = False,
 ) -> list[DrawnPair]:
     """Make the samples with these numbers as training does, on the CPU.
 
-    Without `degrades_on_host`, DALI makes all of LR. Raises `UserError` for a file that cannot be
-    trained on, unless the recipe skips such files in training.
+    Without `degrades_on_host`, DALI makes all of LR if it can. With `keeps_regions`, the pairs of
+    chains have their `region`. Raises `UserError` for a file that cannot be trained on, unless the
+    recipe skips such files in training.
     """
     recipe = plan.recipe
     source = ChosenSource.of_dataset(
@@ -325,6 +358,10 @@ def make_pairs(
         degrades_on_host=degrades_on_host,
     )
     source.numbers, source.end = numbers, len(numbers)
+    regions: list[np.ndarray] = []
+    for degradation in source.degradations if keeps_regions else ():
+        if isinstance(degradation, chain.Chain):
+            _keep_regions(degradation, regions)
     threads = num_threads(recipe.data.threads)
     several = len(plan.dataset.folders) > 1
     names = {
@@ -338,7 +375,8 @@ def make_pairs(
             for place, *outputs in batches(source, 0, device_id=None, threads=threads, prefetch=1):
                 (sample,) = source.samples(numbers[place], 1)
                 hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
-                pairs.append(DrawnPair(sample, names[sample.path], hr, lr))
+                region = regions.pop() if regions else None
+                pairs.append(DrawnPair(sample, names[sample.path], hr, lr, region))
                 bar.update()
     except OSError as error:
         raise RunError(
@@ -350,6 +388,17 @@ def make_pairs(
     if note := source.profile_note():
         print(f"note: {note}", file=sys.stderr)
     return pairs
+
+
+def _keep_regions(degradation: Degradation, regions: list[np.ndarray]) -> None:
+    """Append to `regions` a copy of all that LR is made from."""
+    make = degradation.lr_on_host
+
+    def lr_on_host(drawn: Any, keys: Any, region: np.ndarray, *others: Any) -> np.ndarray:
+        regions.append(region.copy())
+        return make(drawn, keys, region, *others)
+
+    degradation.lr_on_host = lr_on_host  # type: ignore[method-assign]
 
 
 class ChosenSource(CropSource):
@@ -391,6 +440,89 @@ def sheet(
             _write(draw, left, top + cell.side + BETWEEN, texts[i], letters)
         top += row_height
     return picture
+
+
+def step_sheet(
+    title: str, pairs: Sequence[DrawnPair], spec: DataSpec, scale: int, panel: int
+) -> Image.Image:
+    """Draw each pair under a title: HR, the image after every step of its chain, and LR.
+
+    All panels show the HR crop's part of the image, flipped and transposed like it, in blocks of
+    HR's size.
+    """
+    side, letters = Cell(spec.crop, panel).side, ImageFont.load_default(LETTERS)
+    width = max(side, MIN_STEP_WIDTH)
+    rows: list[tuple[list[str], list[tuple[np.ndarray, list[str]]]]] = []
+    most = max(2, *(len(pair.sample.degradation.get("steps", ())) + 2 for pair in pairs))
+    columns = min(most, max(2, round(math.sqrt(ASPECT * most * (side + 3 * LINE) / (width + GAP)))))
+    total = columns * (width + GAP) - GAP
+    for pair in pairs:
+        panels = [
+            (image, _wrapped([words], width, letters)) for words, image in panels_of(pair, side)
+        ]
+        heading = [line for line in describe(pair, spec, scale) if not re.match(r"\d+: ", line)]
+        rows += [(_wrapped(heading, total, letters), [])]
+        rows += [([], panels[first : first + columns]) for first in range(0, len(panels), columns)]
+    heights = [
+        LINE * len(head) + BETWEEN
+        if head
+        else side + GAP + LINE * max(len(words) for _, words in panels)
+        for head, panels in rows
+    ]
+    head = _wrapped([title], total, letters)
+    picture = Image.new(
+        "RGB", (total + 2 * GAP, 3 * GAP + LINE * len(head) + sum(heights)), BACKGROUND
+    )
+    draw = ImageDraw.Draw(picture)
+    _write(draw, GAP, GAP, head, letters)
+    top = 2 * GAP + LINE * len(head)
+    for (heading, panels), height in zip(rows, heights, strict=True):
+        _write(draw, GAP, top, heading, letters)
+        for column, (image, words) in enumerate(panels):
+            left = GAP + column * (width + GAP)
+            picture.paste(Image.fromarray(image), (left, top))
+            _write(draw, left, top + side + BETWEEN, words, letters)
+        top += height
+    return picture
+
+
+def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
+    """Return (caption, uint8 RGB of `side` x `side`) of HR, of every step's result, and of LR."""
+    sample, steps = pair.sample, pair.sample.degradation.get("steps", ())
+    panels = [("HR", _blocks(pair.hr, (0, 0), (1, 1), side))]
+    if pair.region is not None:
+        region, workspace = pair.region.shape[:2], host.Workspace()
+        start = sample.top - sample.region[0], sample.left - sample.region[1]
+        crop = len(pair.hr)
+        corner, extent = (
+            [place / length for place, length in zip(of, region, strict=True)]
+            for of in (start, (crop, crop))
+        )
+        image = pair.region.copy()
+        for number, drawn in enumerate(steps, 1):
+            image = chain.run(image, [drawn], workspace)
+            part = _blocks(host.rounded(image, host.Workspace()), corner, extent, side)
+            planes = np.empty((3, side, side), np.uint8)
+            turn(part, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)
+            panels.append((f"{number}: {step_words(drawn)}", planes.transpose(1, 2, 0)))
+    noise = f", noise sigma {sample.noise_sigma:.2f}" if sample.noise_sigma else ""
+    height, width = pair.lr.shape[:2]
+    return [*panels, (f"LR, {height}x{width}{noise}", _blocks(pair.lr, (0, 0), (1, 1), side))]
+
+
+def _blocks(
+    image: np.ndarray, corner: Sequence[float], extent: Sequence[float], side: int
+) -> np.ndarray:
+    """Return a part of an image, (side, side, 3), by the nearest pixel.
+
+    `corner` and `extent` (vertical, horizontal) are shares of the image's height and width.
+    """
+    places = (np.arange(side) + 0.5) / side
+    rows, columns = (
+        ((first + places * share) * length).astype(np.intp)
+        for first, share, length in zip(corner, extent, image.shape[:2], strict=True)
+    )
+    return np.ascontiguousarray(image[rows[:, None], columns])
 
 
 def side_by_side(pair: DrawnPair, scale: int, panel: int) -> np.ndarray:
@@ -453,18 +585,66 @@ def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
     if sample.brightness != 1:
         crop += f" | brightness x{sample.brightness:.3f}"
     lines = [f"sample {sample.number}: {_ascii(pair.name)}", crop]
-    if spec.degradation.name == "realesrgan":
+    degradation = spec.degradation.of_folder(sample.folder)
+    if "steps" in sample.degradation:
+        lines += [
+            f"{number}: {step_words(drawn)}"
+            for number, drawn in enumerate(sample.degradation["steps"], 1)
+        ]
+    elif degradation.name == "realesrgan":
         lines += _second_order_words(sample.degradation, scale)
-    elif spec.degradation.name == "paired":
+    elif degradation.reads_lr:
         lines.append(f"LR: {_ascii(str(sample.lr_path))}")
     else:
         numbers = "".join(
             f", {name} {_number(value)}" for name, value in sample.degradation.items()
         )
-        lines.append(f"{spec.degradation.name} to 1/{scale}{numbers}")
+        lines.append(f"{degradation.name} to 1/{scale}{numbers}")
     if sample.noise_sigma:
         lines.append(f"noise on LR: sigma {sample.noise_sigma:.2f}")
     return lines + [f"replaces {_ascii(skip.path)}: {skip.reason}" for skip in sample.skipped]
+
+
+def step_words(drawn: Mapping[str, Any]) -> str:
+    """Describe a step that was drawn: `blur(lens): radius 2.5`.
+
+    Seeds are left out, and what is decoded as it was encoded.
+    """
+    told = [
+        words
+        for name, value in drawn.items()
+        if name not in ("step", "kind", "codec")
+        and not (name.startswith("decoded_") and value == drawn.get(name.removeprefix("decoded_")))
+        and (words := _parameter_words(name, value))
+    ]
+    return chain.label(drawn) + (f": {', '.join(told)}" if told else "")
+
+
+def _parameter_words(name: str, value: Any) -> str:
+    """Return a parameter in words; "" for a seed or for what is not so."""
+    name = name.replace("_", " ")
+    if name == "size" and isinstance(value, list | tuple) and len(value) == 2:
+        return f"to {value[0]}x{value[1]}"
+    if isinstance(value, bool):
+        return name if value else ""
+    if name in SEEDS or value is None or value == []:
+        return ""
+    return f"{name} {_value_words(value)}"
+
+
+def _value_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        words = (_parameter_words(str(name), one) for name, one in value.items())
+        return f"({', '.join(filter(None, words))})"
+    if isinstance(value, list | tuple):
+        few = value if len(value) <= MAX_LISTED else value[:MAX_LISTED]
+        return "/".join(
+            [
+                f"({_value_words(one)})" if isinstance(one, list | tuple) else _value_words(one)
+                for one in few
+            ]
+        ) + ("/..." if len(few) < len(value) else "")
+    return _ascii(_number(value))
 
 
 def _second_order_words(drawn: Parameters, scale: int) -> list[str]:

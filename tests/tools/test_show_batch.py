@@ -20,8 +20,10 @@ from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool
 from fabricate import seal
 from pipeline.cli import run as run_command
 from pipeline.config.recipe import write_recipe
+from pipeline.data.image_pixels import read_rgb
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource, Position
+from pipeline.data.spec import DataSpec
 from pipeline.training.options import TrainOptions, make_plan
 from tools import show_batch
 from tools.show_batch import (
@@ -31,8 +33,10 @@ from tools.show_batch import (
     describe,
     main,
     make_pairs,
+    panels_of,
     positionals_last,
     side_by_side,
+    step_words,
 )
 
 CROP = 32
@@ -222,6 +226,120 @@ def test_words_of_simple_degradations(data: Path, degradation: str, words: str) 
     assert lines[2].endswith(words)
     assert lines[1].endswith(" | brightness x0.750")
     assert lines[3:] == ["noise on LR: sigma 7.00"]
+
+
+CHAIN = (
+    SMALL,
+    "data.degradation={name: chain, surroundings: 8, steps: [{blur: {kind: box, radius: 1}}, "
+    "{resize: {factor: 0.7, kind: linear}}, {noise: {gray: 0.5}}, {resize: {to: lr, kind: area}}]}",
+)
+
+
+def test_every_step_of_a_chain_is_drawn(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(
+        show_batch, "_write", lambda draw, left, top, lines, letters: written.extend(lines)
+    )
+    done = show(data, "--sample", 3, "--sample", 4, "--panel", 64, "--json", *CHAIN)
+    assert (done.returncode, done.stderr[:8]) == (0, "written ")
+    picture, records = sheet_of(data), [json.loads(line) for line in done.stdout.splitlines()]
+    for (hr, lr), record in zip(trained_on(data, 5, 1, *CHAIN)[3:], records, strict=True):
+        assert holds(picture, hr.repeat(2, 0).repeat(2, 1))
+        assert holds(picture, lr.repeat(4, 0).repeat(4, 1))
+        # What the first step made, flipped and transposed like HR.
+        top, left, height, width = record["region"]
+        image = (
+            np.load(record["path"]) if record["path"].endswith(".npy") else read_rgb(record["path"])
+        )
+        blurred = cv2.blur(
+            image[top : top + height, left : left + width],
+            (3, 3),
+            borderType=cv2.BORDER_REFLECT_101,
+        )
+        first, before = record["top"] - top, record["left"] - left
+        part = blurred[first : first + CROP, before : before + CROP]
+        part = part[:: -1 if record["flip_vertical"] else 1]
+        part = part[:, :: -1 if record["flip_horizontal"] else 1]
+        part = part.transpose(1, 0, 2) if record["transpose"] else part
+        made, expected = picture.astype(int), part.repeat(2, 0).repeat(2, 1)
+        distance = cv2.matchTemplate(picture, expected, cv2.TM_SQDIFF)
+        y, x = np.unravel_index(distance.argmin(), distance.shape)
+        assert abs(made[y : y + 64, x : x + 64] - expected).max() <= 1
+    text = " ".join(" ".join(written).split())
+    for record in records:
+        for number, step in enumerate(record["degradation"]["steps"], 1):
+            assert f"{number}: {step['step']}({step['kind']})" in text
+        assert f"level {record['degradation']['steps'][2]['level']:.3g}" in text
+        assert str(record["degradation"]["steps"][2]["words"][0]) not in text
+
+
+def test_the_last_step_of_a_chain_is_lr(data: Path) -> None:
+    pairs = make_pairs(
+        make_plan(TrainOptions(CHAIN, dataset_dir=(data,))), range(6), keeps_regions=True
+    )
+    assert {pair.sample.transpose for pair in pairs} == {0, 1}
+    for pair in pairs:
+        (first, hr), *steps, (last, lr) = panels_of(pair, 64)
+        assert (first, last) == ("HR", "LR, 16x16")
+        np.testing.assert_array_equal(hr, pair.hr.repeat(2, 0).repeat(2, 1))
+        np.testing.assert_array_equal(lr, pair.lr.repeat(4, 0).repeat(4, 1))
+        assert [words for words, _ in steps] == [
+            line for line in describe(pair, plan_data(data), 2) if line[0].isdigit()
+        ]
+        np.testing.assert_array_equal(steps[-1][1], lr)
+
+
+def plan_data(data: Path) -> DataSpec:
+    return make_plan(TrainOptions(CHAIN, dataset_dir=(data,))).recipe.data
+
+
+def test_a_folder_of_pairs_beside_a_chain(data: Path) -> None:
+    other = data.parent / "other"
+    shutil.copytree(data, other)
+    mixed = (SMALL, "data.degradation=[paired, {name: chain, steps: [blur]}]")
+    done = show(
+        data,
+        "--dataset-dir",
+        other,
+        "--json",
+        *mixed,
+        *(word for number in range(12) for word in ("--sample", number)),
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(record["folder"], "steps" in record["degradation"]) for record in records} == {
+        (0, False),
+        (1, True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("drawn", "words"),
+    [
+        (
+            {"step": "blur", "kind": "lens", "radius": 2.34567, "angle": -12.0},
+            "blur(lens): radius 2.35, angle -12",
+        ),
+        ({"step": "resize", "kind": "area", "size": [48, 60]}, "resize(area): to 48x60"),
+        (
+            {"step": "noise", "level": 1.0, "gray": True, "flat": False, "words": [2**60, 5]},
+            "noise: level 1, gray",
+        ),
+        (
+            {"step": "compress", "kind": "video", "codec": "hevc", "motion": [[1, 2.5], [0, 1]]},
+            "compress(hevc): motion (1/2.5)/(0/1)",
+        ),
+        ({"step": "any", "of": {"first_name": "x", "seed": 3}}, "any: of (first name x)"),
+        ({"step": "any", "levels": [1, 2, 3, 4, 5]}, "any: levels 1/2/3/4/..."),
+        (
+            {"step": "any", "matrix": "bt601", "decoded_matrix": "bt709", "decoded_range": "full"},
+            "any: matrix bt601, decoded matrix bt709, decoded range full",
+        ),
+        ({"step": "any", "range": "full", "decoded_range": "full"}, "any: range full"),
+    ],
+)
+def test_any_step_is_told_in_words(drawn: dict, words: str) -> None:
+    assert step_words(drawn) == words
 
 
 def test_paired_lr_from_a_folder_of_its_own(data: Path) -> None:

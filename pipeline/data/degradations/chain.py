@@ -172,6 +172,11 @@ class ChainSpec(DegradationSpec):
         return steps
 
 
+def number_of_items(spec: ChainSpec) -> int:
+    """Return the number of steps and groups in a chain."""
+    return sum(1 for _ in _walk(spec.steps))
+
+
 def _walk(items: Sequence[Any]) -> Iterator[Any]:
     """Yield all steps and groups in the order in which they are written."""
     for item in items:
