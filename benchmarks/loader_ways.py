@@ -99,6 +99,7 @@ def _our_arrays(
     source = _our_source(setting)
     if not has_margin:
         source.degradation = _CropAlone(None, setting.scale)
+        source.degradations = [source.degradation]
     if read != "rows":
         whole = {
             "kept maps": lru_cache(partial(np.load, mmap_mode="r")),

@@ -466,6 +466,7 @@ if __name__ == "__main__":
         "{}",
         2,
         (8, 8),
+        False,
     )
     _make_graph.cache_clear()
     gc.collect()

@@ -1,7 +1,8 @@
 """Pixel conventions and conversions.
 
-Bytes are uint8 RGB 0..255, floats are RGB in [0, 1]. Tensors are NCHW, arrays are HWC, sizes are
-(height, width).
+Bytes are uint8 RGB 0..255, pixels of 16 bits are uint16 RGB 0..65535, floats are RGB in [0, 1].
+Levels are in units of 1/255 of white in any type: a uint16 pixel v has the level v / 257. Tensors
+are NCHW, arrays are HWC, sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from torch import Tensor
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """Convert uint8 (height, width, channels) to uint8 (1, channels, height, width)."""
+    """Convert (height, width, channels) to (1, channels, height, width), uint8 or uint16."""
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
 def unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert uint8 0..255 to `dtype` in [0, 1]; cast floats, which are assumed to be in [0, 1]."""
+    """Convert uint8 or uint16 to `dtype` in [0, 1]; cast floats, assumed to be in [0, 1]."""
     if images.dtype == torch.uint8:
         return images.to(dtype) / 255
+    if images.dtype == torch.uint16:
+        # 65535 is more than FP16 holds.
+        return (images.to(torch.promote_types(dtype, torch.float32)) / 65535).to(dtype)
     return images.to(dtype)
 
 
@@ -35,6 +39,23 @@ def to_bytes(images: Tensor) -> Tensor:
 def border_of(scale: int) -> int:
     """Return how many pixels of every border are not measured: `scale`, as in papers; 0 at x1."""
     return scale if scale > 1 else 0
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Convert uint8 or uint16 images to uint8, rounded to the nearest level."""
+    return images if images.dtype == torch.uint8 else to_bytes(unit_range(images, torch.float32))
+
+
+def to_pixels(images: Tensor, depth: int) -> Tensor:
+    """Convert floats in [0, 1] to pixels of `depth` bits, clamped and rounded: uint8 or uint16."""
+    if depth == 8:
+        return to_bytes(images)
+    return images.float().mul(65535).round_().clamp_(0, 65535).to(torch.int32).to(torch.uint16)
+
+
+def depth_of(images: Tensor) -> int:
+    """Return the bits per value of uint8 or uint16 images."""
+    return 16 if images.dtype == torch.uint16 else 8
 
 
 def cubic_resize(images: Tensor, size: tuple[int, int]) -> Tensor:

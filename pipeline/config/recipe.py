@@ -420,7 +420,8 @@ def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str
     """
     before, after = (
         {
-            key: value
+            # A depth of "auto" is that of a run of an earlier version, which worked in 8 bits.
+            key: 8 if (key, value) == ("data.depth", "auto") else value
             for key, value in flat(_with_loss_tables(recipe.model_dump(mode="json")))
             if not FREE_FIELDS & {key, key.split(".")[0]}
         }

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, overload
 from pydantic_core import from_json
 
 from pipeline.cli import UserError
+from pipeline.data.depth import Depths
 from pipeline.data.image_files import (
     MANIFEST,
     TRAINING_LIST,
@@ -147,6 +148,20 @@ class Dataset:
             "training_files": sum(self.folder_sizes),
             "validation_files": sum(len(folder.validation) for folder in self.folders),
         }
+
+    @cached_property
+    def depths(self) -> Depths:
+        """The depths of the files, of training and validation, HR and LR.
+
+        Long lists are represented by some of their files. Only headers are read.
+        """
+        found = Depths()
+        for folder in self.folders:
+            for names in (folder.training, folder.validation):
+                found.look_at(LazySequence((folder,), [names], Folder.path))
+                if folder.lr_paths is not None:
+                    found.look_at([folder.lr_paths[name] for name in names])
+        return found
 
     def write_lists(self, directory: Path) -> None:
         """Copy the file lists into a run folder, so that `differences` can compare them later."""

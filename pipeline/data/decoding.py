@@ -6,7 +6,8 @@ to find the bad ones.
 
 For unusual images (16 bits, transparency, CMYK, colours other than sRGB, …) DALI's pixels differ
 from those of the tools and the evaluation, or are wrong. Such images are decoded here by
-`image_pixels`, which all commands share, and DALI gets the pixels.
+`image_pixels`, which all commands share, and DALI gets the pixels. A run in 16 bits decodes all its
+files so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -158,15 +160,17 @@ class HostDecoder:
     """Decodes files on the CPU in a DALI pipeline that is kept between calls.
 
     Decodes `batch` files at a time on `threads` threads. The pixels equal those of
-    `fn.decoders.image` on the CPU in any graph. Not thread-safe. Close it when done, which ends its
-    threads.
+    `fn.decoders.image` on the CPU in any graph. With a `depth` of 16 the pixels are uint16, decoded
+    by `image_pixels` and not by DALI; 8-bit files are scaled by 257. Not thread-safe. Close it when
+    done, which ends its threads.
     """
 
-    def __init__(self, threads: int, batch: int) -> None:
-        self._threads, self._batch = threads, batch
+    def __init__(self, threads: int, batch: int, depth: int = 8) -> None:
+        self._threads, self._batch, self.depth = threads, batch, depth
         # Path -> profile from which its colours were converted to sRGB.
         self.profiles: dict[str, str] = {}
         self._pipeline: Any = None
+        self._pool: ThreadPoolExecutor | None = None
         self._closed = False
 
     def __enter__(self) -> HostDecoder:
@@ -180,15 +184,17 @@ class HostDecoder:
     ) -> None:
         self.close()
 
-    def decode(self, paths: Sequence[str]) -> list[Bytes | BadFileError]:
+    def decode(self, paths: Sequence[str]) -> list[Any]:
         """Decode the files at `paths`, in order.
 
-        Returns for each file its image, uint8 RGB (height, width, 3), upright, in its own memory,
-        or a `BadFileError`. Raises `OSError` for disk and permission errors, and `MemoryError` if
-        the images do not fit into memory.
+        Returns for each file its image, RGB (height, width, 3) of the decoder's depth, upright, in
+        its own memory, or a `BadFileError`. Raises `OSError` for disk and permission errors, and
+        `MemoryError` if the images do not fit into memory.
         """
         if self._closed:
             raise ValueError("the decoder is closed")
+        if self.depth == 16:
+            return self._decode_deep(paths)
         images: list[Bytes | BadFileError] = []
         for first in range(0, len(paths), self._batch):
             images += self._decode_batch(paths[first : first + self._batch])
@@ -205,7 +211,19 @@ class HostDecoder:
     def close(self) -> None:
         """End the threads and free the buffers; may be called twice."""
         self._pipeline = None
+        if self._pool:
+            self._pool.shutdown(wait=True)
         self._closed = True
+
+    def _decode_deep(self, paths: Sequence[str]) -> list[Any]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decoder")
+        images = []
+        for path, (image, profile) in zip(paths, self._pool.map(_deep, paths), strict=True):
+            if profile:
+                self.profiles[path] = profile
+            images.append(image)
+        return images
 
     def _decode_batch(self, paths: Sequence[str]) -> list[Bytes | BadFileError]:
         files = [_read_or_error(path) for path in paths]
@@ -249,6 +267,21 @@ def _read_or_error(path: str) -> EncodedImage | BadFileError:
         return read_encoded(path)
     except BadFileError as error:
         return error
+
+
+def _deep(path: str) -> tuple[NDArray[np.uint16] | BadFileError, str]:
+    """Decode a file to uint16 RGB, or to its error; also return the profile it was converted from.
+
+    Raises `OSError` for disk and permission errors.
+    """
+    try:
+        with _opened(path) as (descriptor, size):
+            data = _whole(descriptor, size)
+            header = read_header(memoryview(data))
+            check_max_pixels(header)
+            return decode_rgb(data.tobytes(), header, 16), foreign_profile(header)
+    except BadFileError as error:
+        return error, ""
 
 
 def _checked_image(path: str, file: EncodedImage, image: Bytes | None) -> Bytes | BadFileError:

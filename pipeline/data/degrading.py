@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.degradations.host import Workspace, rounded
+from pipeline.data.degradations.host import Workspace, in_depth, levels_of
 from pipeline.data.degradations.steps.sharpen import sharpened_hr
 from pipeline.data.source import CropSource, Sample
 from pipeline.libraries import cv2
 
-Bytes = NDArray[np.uint8]
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 _FLIP_CODES = {(1, 0): 0, (0, 1): 1, (1, 1): -1}  # (vertical, horizontal) -> OpenCV's
 
@@ -38,19 +38,23 @@ class HostDegraded:
         self._lr: Any = None
 
     def run(self) -> tuple[Any, Any]:
-        """Return (hr, lr) of the next micro-batch, uint8 NCHW, valid until the next call."""
+        """Return (hr, lr) of the next micro-batch: NCHW, of the source's depth.
+
+        They are valid until the next call.
+        """
         from nvidia.dali.tensors import TensorListCPU
 
         hr, regions, *read = self._pipeline.run()
         drawn = self._source.degraded(self._index)
         side = self._source.crop // self._source.scale
-        lr = np.empty((len(drawn), 3, side, side), np.uint8)
+        kind = np.uint16 if self._source.depth == 16 else np.uint8
+        lr = np.empty((len(drawn), 3, side, side), kind)
         # HR that the graph has cut out is replaced if it must be sharpened.
         sharpened = np.empty(
             (len(drawn), 3, self._source.crop, self._source.crop)
             if self._source.spec.sharpen_hr
             else 0,
-            np.uint8,
+            kind,
         )
         tasks = [
             self._pool.submit(
@@ -76,10 +80,10 @@ class HostDegraded:
 
     def _fill(
         self,
-        hr_planes: Bytes | None,
-        planes: Bytes,
-        region: Bytes,
-        read: Bytes | None,
+        hr_planes: Pixels | None,
+        planes: Pixels,
+        region: Pixels,
+        read: Pixels | None,
         sample: Sample,
         keys: Sequence[int],
     ) -> None:
@@ -95,19 +99,25 @@ class HostDegraded:
         if hr_planes is not None:
             began, (top, left), size = time.perf_counter(), start, source.crop
             # A copy, because steps use the workspace again.
-            region = rounded(sharpened_hr(region, workspace), workspace).copy()
+            sharper = sharpened_hr(levels_of(region, workspace), workspace)
+            region = in_depth(sharper, source.depth, workspace).copy()
             turn(region[top : top + size, left : left + size], *turns, hr_planes)
             workspace.took("sharpen_hr", time.perf_counter() - began)
         if sample.lr_path is not None and read is not None:
-            lr = read
+            lr = levels_of(read, workspace)
         else:
             degradation = source.degradations[sample.folder % len(source.degradations)]
             lr = degradation.lr_on_host(
-                sample.degradation, keys, region, start, (source.crop, source.crop), workspace
+                sample.degradation,
+                keys,
+                levels_of(region, workspace),
+                start,
+                (source.crop, source.crop),
+                workspace,
             )
         if source.lr_noise:
             lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, workspace)
-        turn(lr, *turns, planes)
+        turn(in_depth(lr, source.depth, workspace), *turns, planes)
 
     def _workspace(self) -> Workspace:
         """Return the calling thread's workspace."""
@@ -118,7 +128,7 @@ class HostDegraded:
         return own
 
 
-def turn(image: Bytes, is_transposed: int, vertical: int, horizontal: int, planes: Bytes) -> None:
+def turn(image: Pixels, is_transposed: int, vertical: int, horizontal: int, planes: Pixels) -> None:
     """Fill `planes` (3, side, side) with `image` (side, side, 3): flipped, then transposed."""
     if vertical or horizontal:
         image = cv2.flip(image, _FLIP_CODES[vertical, horizontal])

@@ -2,7 +2,8 @@
 
 `READERS` is the table of file kinds. For an `.npy` file, only the rows of a region are read; for an
 encoded file, all bytes are read and the graph decodes them. With a cache, the host decodes encoded
-files and keeps what fits.
+files and keeps what fits. In a run of 16 bits the host always decodes them, so that a cache of no
+bytes serves it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.data.dataset import LazySequence
 from pipeline.data.decoding import BadFileError, EncodedImage, HostDecoder, read_encoded
 from pipeline.data.image_files import NpyLayout, is_npy, npy_layout, read_npy
+from pipeline.data.image_pixels import Pixels, in_depth
 
 Bytes = NDArray[np.uint8]
 Region = tuple[int, int, int, int]  # top, left, height, width in a file's pixels
@@ -32,7 +34,7 @@ class Part(NamedTuple):
     """A region of a file: its pixels, or the stream that contains them."""
 
     region: Region
-    pixels: Bytes | None = None
+    pixels: Pixels | None = None
     stream: Bytes | None = None
 
 
@@ -45,7 +47,10 @@ class OpenedFile(Protocol):
     """Colour profile from which the file was converted to sRGB; empty if it was not converted."""
 
     def part(self, region: Region) -> Part:
-        """Read a region. Its pixels are valid until the next part of any file is read."""
+        """Read a region, in the file's own depth.
+
+        Its pixels are valid until the next part of any file is read.
+        """
 
 
 class Reader(Protocol):
@@ -92,7 +97,7 @@ class _OpenNpy:
         self.height, self.width, self.profile = layout.height, layout.width, ""
 
     def part(self, region: Region) -> Part:
-        buffer = self._reader.row_buffer(region[2] * self.width * 3)
+        buffer = self._reader.row_buffer(region[2] * self._layout.row_bytes)
         return Part(region, pixels=read_npy(self._path, self._layout, region, buffer))
 
 
@@ -137,7 +142,7 @@ class CachedReader:
 
 
 class _OpenPixels:
-    def __init__(self, pixels: Bytes, profile: str) -> None:
+    def __init__(self, pixels: Pixels, profile: str) -> None:
         self._pixels, self.profile, (self.height, self.width) = pixels, profile, pixels.shape[:2]
 
     def part(self, region: Region) -> Part:
@@ -149,16 +154,22 @@ READERS: tuple[type[Reader], ...] = (NpyReader, EncodedReader)
 """The kinds of files for training; the first that accepts a file's name reads it."""
 
 
-_NO_PIXELS = np.zeros((1, 1, 3), np.uint8)
 _NO_BYTES = np.zeros(1, np.uint8)
 NO_PART = Part((0, 0, 0, 0))
 
 
 class ImageFiles:
-    """The files of one side of the dataset (HR or LR), and their arrays for the graph."""
+    """The files of one side of the dataset (HR or LR), and their arrays for the graph.
 
-    def __init__(self, name: str, paths: Sequence[str], cache: ImageCache | None) -> None:
-        self.paths = paths
+    All pixels have `depth` bits, 8 or 16, whatever the files have; with 16, a cache is needed.
+    """
+
+    def __init__(
+        self, name: str, paths: Sequence[str], cache: ImageCache | None, depth: int = 8
+    ) -> None:
+        self.paths, self._depth = paths, depth
+        self._dtype = np.uint8 if depth == 8 else np.uint16
+        self._no_pixels = np.zeros((1, 1, 3), self._dtype)
         self.readers = [
             CachedReader(cache) if cache and kind.is_decoded_in_graph else kind()
             for kind in READERS
@@ -180,7 +191,7 @@ class ImageFiles:
             self.columns.append(f"{name}_is_pixels")
         # One buffer per sample of a batch: DALI copies its input immediately, so they can be
         # reused.
-        self._places: dict[int, Bytes] = {}
+        self._places: dict[int, Pixels] = {}
 
     def is_cached(self, file: int) -> bool:
         """Return whether a file's pixels come from the cache."""
@@ -214,15 +225,17 @@ class ImageFiles:
             return part
         kept = self._places.get(place)
         if kept is None or kept.shape != part.pixels.shape:
-            kept = self._places[place] = np.empty(part.pixels.shape, np.uint8)
-        kept[...] = part.pixels
+            kept = self._places[place] = np.empty(part.pixels.shape, self._dtype)
+        kept[...] = in_depth(part.pixels, self._depth)
         return Part(region, pixels=kept)
 
     def arrays(self, parts: Sequence[Part]) -> list[Any]:
         """Return the arrays of `columns` for the parts of a batch."""
         columns: list[Any] = []
         if self.has_pixels:
-            columns.append([_NO_PIXELS if part.pixels is None else part.pixels for part in parts])
+            columns.append(
+                [self._no_pixels if part.pixels is None else part.pixels for part in parts]
+            )
         if self.has_streams:
             columns.append([_NO_BYTES if part.stream is None else part.stream for part in parts])
             columns += [
@@ -241,10 +254,10 @@ class ImageCache:
     soon than another.
     """
 
-    def __init__(self, capacity: float, threads: int, batch: int) -> None:
-        self.free_bytes, self._decoder = capacity, HostDecoder(threads, batch)
-        self._kept: dict[str, Bytes | BadFileError] = {}
-        self._uncached: dict[str, Bytes | BadFileError] = {}
+    def __init__(self, capacity: float, threads: int, batch: int, depth: int = 8) -> None:
+        self.free_bytes, self._decoder = capacity, HostDecoder(threads, batch, depth)
+        self._kept: dict[str, Pixels | BadFileError] = {}
+        self._uncached: dict[str, Pixels | BadFileError] = {}
 
     @property
     def profiles(self) -> dict[str, str]:
@@ -261,8 +274,8 @@ class ImageCache:
                 self._kept[path] = image
                 self.free_bytes -= size
 
-    def image(self, path: str) -> Bytes:
-        """Return an image, uint8 RGB (height, width, 3).
+    def image(self, path: str) -> Pixels:
+        """Return an image, RGB (height, width, 3) of the cache's depth.
 
         Raises the `BadFileError` of a file that cannot be decoded.
         """

@@ -1,8 +1,8 @@
 """The files of a dataset: image kinds, the format of .npy crops, and the two file lists.
 
-A dataset is a folder ("root") of uint8 RGB images, mostly `.npy` crops of shape (height, width, 3),
-and two lists of the files for training and validation. Needs no torch, so that the dataset tools
-run on machines without it.
+A dataset is a folder ("root") of RGB images of 8 or 16 bits, mostly `.npy` crops, uint8 or uint16
+(height, width, 3), and two lists of the files for training and validation. Needs no torch, so that
+the dataset tools run on machines without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,10 @@ _NPY_WAY_OUT = (
 )
 MAX_SIDE = 10**9  # pixels
 _NPY_MAGIC = b"\x93NUMPY"
-# What NumPy writes for an HWC array of bytes; other headers take a slower path with exact messages.
+# What NumPy writes for an HWC array of uint8 or uint16; other headers take a slower path with exact
+# messages.
 _NPY_HEADER = re.compile(
-    rb"\{'descr': '[|<>=]u1', 'fortran_order': False, "
+    rb"\{'descr': '(?:[|<>=]u1|(<u2))', 'fortran_order': False, "
     rb"'shape': \((\d{1,9}), (\d{1,9}), 3\), \} *\n?"
 )
 
@@ -75,12 +76,24 @@ class MissingFileError(BadFileError):
 class NpyLayout(NamedTuple):
     """Position of the pixels in an `.npy` image.
 
-    They are C-order uint8 (height, width, 3) from byte `offset` to the end of the file.
+    They are C-order uint8 or little-endian uint16 (height, width, 3) from byte `offset` to the end
+    of the file.
     """
 
     offset: int
     height: int
     width: int
+    depth: int = 8  # bits per value: 8 or 16
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the stored values."""
+        return np.dtype("u1" if self.depth == 8 else "<u2")
+
+    @property
+    def row_bytes(self) -> int:
+        """Number of bytes of a row."""
+        return self.width * 3 * self.dtype.itemsize
 
 
 def is_npy(name: str | os.PathLike[str]) -> bool:
@@ -94,7 +107,7 @@ def is_encoded(name: str | os.PathLike[str]) -> bool:
 
 
 def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
-    """Read only the header of an `.npy` image (uint8, C order, height x width x 3).
+    """Read only the header of an `.npy` image (uint8 or uint16, C order, height x width x 3).
 
     Raises `MissingFileError`, and `BadNpyError` if the file is not exactly such an array, to the
     byte. Raises `OSError` for disk and permission errors, which say nothing about the file itself.
@@ -118,7 +131,7 @@ def npy_layout(path: str | os.PathLike[str]) -> NpyLayout:
 
 def read_npy(
     path: str, layout: NpyLayout, region: tuple[int, int, int, int], rows: bytearray
-) -> NDArray[np.uint8]:
+) -> NDArray[Any]:
     """Read the region (top, left, height, width) of an `.npy` image as (height, width, 3).
 
     Returns a view into `rows`, a buffer for at least `height` whole rows. Reading costs half as
@@ -126,7 +139,7 @@ def read_npy(
     whereas touching its map would kill the process.
     """
     top, left, height, width = region
-    stride = layout.width * 3
+    stride = layout.row_bytes
     target = memoryview(rows)[: height * stride]
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -138,7 +151,18 @@ def read_npy(
         os.close(descriptor)
     if count < len(target):
         raise BadNpyError(path, f"truncated while it was read: row {top + height - 1} is missing")
-    return np.frombuffer(target, np.uint8).reshape(height, layout.width, 3)[:, left : left + width]
+    pixels = np.frombuffer(target, layout.dtype).reshape(height, layout.width, 3)
+    return pixels[:, left : left + width]
+
+
+def load_npy(path: str | os.PathLike[str]) -> NDArray[Any]:
+    """Read a whole `.npy` image as (height, width, 3), uint8 or uint16 as it is stored.
+
+    Raises the errors of `npy_layout`.
+    """
+    layout = npy_layout(path)
+    pixels = np.fromfile(path, layout.dtype, offset=layout.offset)
+    return pixels.reshape(layout.height, layout.width, 3)
 
 
 def npy_layout_of(path: str, head: bytes, file_size: int | None = None) -> NpyLayout:
@@ -149,18 +173,22 @@ def npy_layout_of(path: str, head: bytes, file_size: int | None = None) -> NpyLa
     file_size = len(head) if file_size is None else file_size
     offset, header = _npy_header(path, head)
     match = _NPY_HEADER.fullmatch(header)
-    height, width = (int(match[1]), int(match[2])) if match else _npy_shape(path, header)
+    if match:
+        height, width, depth = int(match[2]), int(match[3]), 16 if match[1] else 8
+    else:
+        height, width, depth = _npy_array(path, header)
     if not (height and width):
         raise BadNpyError(path, f"an image of {height}x{width} pixels is empty")
-    expected = offset + height * width * 3
+    layout = NpyLayout(offset, height, width, depth)
+    expected = offset + height * layout.row_bytes
     if file_size != expected:
         what = "truncated" if file_size < expected else "too long"
         raise BadNpyError(
             path,
-            f"{what}: {height}x{width}x3 bytes of pixels need a file of {expected} bytes, "
-            f"not {file_size}",
+            f"{what}: {height}x{width}x3 {'bytes' if depth == 8 else 'uint16'} of pixels need a "
+            f"file of {expected} bytes, not {file_size}",
         )
-    return NpyLayout(offset, height, width)
+    return layout
 
 
 def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
@@ -180,8 +208,8 @@ def _npy_header(path: str, head: bytes) -> tuple[int, bytes]:
     return start + length, head[start : start + length]
 
 
-def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
-    """Return (height, width) from a header that NumPy would write differently.
+def _npy_array(path: str, header: bytes) -> tuple[int, int, int]:
+    """Return (height, width, depth in bits) from a header that NumPy would write differently.
 
     Raises `BadNpyError` with the reason if the array cannot be used.
     """
@@ -192,8 +220,11 @@ def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
         raise BadNpyError(path, "the .npy header cannot be read") from None
     if isinstance(kind, str) and "O" in kind:
         raise BadNpyError(path, "an array of Python objects (a pickle) is never opened")
-    if not isinstance(kind, str) or kind.lstrip("|<>=") != "u1":
-        raise BadNpyError(path, f"pixels must be uint8 (0..255), not {kind!r}")
+    if not isinstance(kind, str) or (kind.lstrip("|<>=") != "u1" and kind != "<u2"):
+        raise BadNpyError(
+            path,
+            f"pixels must be uint8 (0..255) or little-endian uint16 (0..65535), not {kind!r}",
+        )
     if (
         len(shape) != 3
         or not all(isinstance(side, int) and 0 <= side < MAX_SIDE for side in shape)
@@ -202,7 +233,7 @@ def _npy_shape(path: str, header: bytes) -> tuple[int, int]:
         raise BadNpyError(path, f"the shape must be (height, width, 3), not {shape}")
     if fortran:
         raise BadNpyError(path, "the pixels must be in C order (row after row), not Fortran order")
-    return shape[0], shape[1]
+    return shape[0], shape[1], 16 if kind == "<u2" else 8
 
 
 def read_file_list(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:

@@ -2,10 +2,11 @@
 
 `decode_picture` keeps what the file holds: gray or colour, with or without alpha, 8 or 16 bits, in
 the colour space of its profile; upscale.py works on that. `decode_rgb` reduces it to what networks
-are trained and measured on: uint8 RGB.
+are trained and measured on: RGB of 8 or 16 bits.
 
 - Pixels are upright: rotated as EXIF says, or else XMP.
-- 16 bits become 8 by round(v / 257), other depths by round(v * 255 / maximum).
+- 16 bits become 8 by round(v / 257), 8 bits become 16 by 257 v, other depths by
+  round(v * 255 / maximum) or round(v * 65535 / maximum).
 - Transparent parts are composited over white, because the colours under them are often garbage.
 - A colour profile other than sRGB is converted to sRGB; see `foreign_profile`.
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -48,6 +50,7 @@ from pipeline.libraries import cv2
 
 MAX_MEGAPIXELS = 1000  # OpenCV refuses images of more than 2^30 pixels
 Bytes = NDArray[np.uint8]
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 # EXIF orientation -> (transpose first, then flip vertically, flip horizontally)
 _ORIENTATIONS = {
@@ -66,7 +69,7 @@ _ORIENTATIONS = {
 class DecodedImage:
     """The whole content of an image file, upright."""
 
-    pixels: NDArray[np.uint8] | NDArray[np.uint16]
+    pixels: Pixels
     """(height, width, channels): 1 channel is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
 
     Alpha is straight: the colours are not multiplied by it.
@@ -94,8 +97,8 @@ def check_megapixels(header: ImageHeader, max_megapixels: float) -> None:
         )
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Bytes:
-    """Read an image file as uint8 RGB (height, width, 3).
+def read_rgb(path: str | os.PathLike[str], depth: int = 8) -> Any:
+    """Read an image file as RGB (height, width, 3): uint8, or uint16 if `depth` is 16.
 
     Raises `UserError`, which names the file, if it cannot be read.
     """
@@ -104,7 +107,7 @@ def read_rgb(path: str | os.PathLike[str]) -> Bytes:
         check_megapixels(header, MAX_MEGAPIXELS)
         check_file_size(header, os.fstat(file.fileno()).st_size)
         file.seek(0)
-        return decode_rgb(file.read(), header)
+        return decode_rgb(file.read(), header, depth)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -138,16 +141,18 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def decode_rgb(data: bytes, header: ImageHeader) -> Bytes:
-    """Decode an image to uint8 RGB (height, width, 3): upright, sRGB, composited over white.
+def decode_rgb(data: bytes, header: ImageHeader, depth: int = 8) -> Any:
+    """Decode an image to RGB (height, width, 3): upright, sRGB, composited over white.
 
-    Raises `BadImageError` with the reason; never returns a partial image. Damaged data is detected
-    by checksums (PNG, deflated TIFF) or because the code is invalid (JPEG, lossless WebP, LZW).
-    Lossy WebP, JPEG 2000 and uncompressed data have neither, so wrong bytes give wrong pixels.
+    The pixels are uint8, or uint16 if `depth` is 16, whatever the file holds. Raises
+    `BadImageError` with the reason; never returns a partial image. Damaged data is detected by
+    checksums (PNG, deflated TIFF) or because the code is invalid (JPEG, lossless WebP, LZW). Lossy
+    WebP, JPEG 2000 and uncompressed data have neither, so wrong bytes give wrong pixels.
     """
     if has_fast_decoder(header) and not foreign_profile(header):
-        return _rotated(_checked(data, header, _decode_plain), header.orientation)
-    return to_rgb(decode_picture(data, header))
+        pixels = _rotated(_checked(data, header, _decode_plain), header.orientation)
+        return in_depth(pixels, depth)
+    return to_rgb(decode_picture(data, header), depth)
 
 
 def decode_plain(data: bytes, header: ImageHeader) -> Bytes:
@@ -176,16 +181,19 @@ def decode_picture(data: bytes, header: ImageHeader) -> DecodedImage:
     )
 
 
-def to_rgb(image: DecodedImage) -> Bytes:
-    """Convert to uint8 RGB (height, width, 3): sRGB, composited over white."""
+def to_rgb(image: DecodedImage, depth: int = 8) -> Any:
+    """Convert to RGB (height, width, 3) of 8 or 16 bits: sRGB, composited over white."""
     pixels = image.pixels
     alpha, has_alpha = pixels[..., -1:], pixels.shape[2] in (2, 4)
     colors = pixels[..., :-1] if has_alpha else pixels
     if image.profile is not None and profile_name(image.profile):
-        colors, alpha = _by_profile(to_8_bits(colors), image.profile), to_8_bits(alpha)
+        colors, alpha = (
+            _by_profile(in_depth(colors, depth), image.profile),
+            in_depth(alpha, depth),
+        )
     if has_alpha:
         colors = over_white(colors, alpha)
-    colors = to_8_bits(colors)
+    colors = in_depth(colors, depth)
     return _contiguous(np.repeat(colors, 3, axis=2) if colors.shape[2] == 1 else colors)
 
 
@@ -196,6 +204,13 @@ def to_8_bits(pixels: np.ndarray) -> Bytes:
         if pixels.dtype == np.uint8
         else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     )
+
+
+def in_depth(pixels: np.ndarray, depth: int) -> np.ndarray:
+    """Return uint8 or uint16 pixels in `depth` bits, 8 or 16: 257 v, or round(v / 257)."""
+    if depth == 8:
+        return to_8_bits(pixels)
+    return pixels if pixels.dtype == np.uint16 else pixels * np.uint16(257)
 
 
 def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -274,12 +289,32 @@ def profile_name(profile: bytes) -> str:
     return name if np.abs(converted - colors).max() > _NEAR_SRGB else ""
 
 
-def _by_profile(colors: Bytes, profile: bytes) -> Bytes:
-    """Convert uint8 gray or RGB (height, width, 1 or 3) from a profile's colours to sRGB."""
+def _by_profile(colors: np.ndarray, profile: bytes) -> np.ndarray:
+    """Convert gray or RGB (height, width, 1 or 3) from a profile's colours to sRGB.
+
+    uint8 is converted by Pillow, uint16 by imagecodecs; both call Little CMS.
+    """
+    if colors.dtype == np.uint16:
+        return imagecodecs.cms_transform(
+            np.ascontiguousarray(colors[..., 0] if colors.shape[2] == 1 else colors),
+            profile,
+            _srgb_profile(),
+            colorspace="gray" if colors.shape[2] == 1 else "rgb",
+            outcolorspace="rgb",
+            outdtype=np.uint16,
+            intent=int(ImageCms.Intent.RELATIVE_COLORIMETRIC),
+            # Otherwise Little CMS interpolates 16 bits in a coarse table, up to 14 levels off.
+            flags=int(ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOOPTIMIZE),
+        )
     image = Image.fromarray(
         np.ascontiguousarray(colors[..., 0] if colors.shape[2] == 1 else colors)
     )
     return np.asarray(_to_srgb(image, profile))
+
+
+@lru_cache(maxsize=1)
+def _srgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

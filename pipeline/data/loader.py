@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import queue
 import threading
 import time
@@ -19,7 +20,10 @@ from pipeline.data.source import CropSource, Skip
 
 
 class Batch(NamedTuple):
-    """One rank's micro-batch: uint8 RGB, NCHW, on the device. LR is HR reduced by the scale."""
+    """One rank's micro-batch: RGB, NCHW, on the device. LR is HR reduced by the scale.
+
+    Both sides are uint8, or uint16 in a run of 16 bits (`data.depth`).
+    """
 
     lr: Tensor
     hr: Tensor
@@ -185,18 +189,32 @@ def hand_over(batch: Batch, copied: Any) -> None:
 
 
 def to_torch(dali_tensor: Any, device: torch.device, stream: Any = None) -> Tensor:
-    """Copy a DALI tensor of bytes to a torch tensor on `device` that outlives DALI's own buffer.
+    """Copy a DALI tensor, uint8 or uint16, to a torch tensor on `device` that outlives its buffer.
 
     On a GPU, the copy is allocated and made on `stream`.
     """
+    from nvidia.dali import types
     from nvidia.dali.plugin.pytorch import feed_ndarray
     from nvidia.dali.tensors import TensorCPU
 
+    is_deep = dali_tensor.dtype == types.UINT16
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
         if device.type == "cuda" and isinstance(dali_tensor, TensorCPU):
             # What the host degraded. Pinned memory, so that the copy to the device is only queued.
             pixels = torch.from_numpy(np.asarray(dali_tensor))
             return pixels.pin_memory().to(device, non_blocking=True)
-        copy = torch.empty(dali_tensor.shape(), dtype=torch.uint8, device=device)
-        feed_ndarray(dali_tensor, copy, cuda_stream=stream)
+        copy = torch.empty(
+            dali_tensor.shape(), dtype=torch.uint16 if is_deep else torch.uint8, device=device
+        )
+        if not is_deep:
+            feed_ndarray(dali_tensor, copy, cuda_stream=stream)
+        # `feed_ndarray` knows no uint16; this is what it calls.
+        elif stream is None:
+            dali_tensor.copy_to_external(ctypes.c_void_p(copy.data_ptr()))
+        else:
+            dali_tensor.copy_to_external(
+                ctypes.c_void_p(copy.data_ptr()),
+                ctypes.c_void_p(stream.cuda_stream),
+                non_blocking=True,
+            )
     return copy

@@ -1,8 +1,10 @@
-"""The DALI graph: from host arrays to batches of HR and LR bytes, NCHW, on the device.
+"""The DALI graph: from host arrays to batches of HR and LR pixels, NCHW, on the device.
 
 It decodes encoded files, changes brightness, flips, makes LR, adds noise to LR and transposes. The
 same graph serves both devices: with `device_id=None` it runs on the CPU, except that the host flips
-and transposes HR crops of `.npy` files. No operator is newer than DALI 1.50.
+and transposes HR crops of `.npy` files. In a run of 16 bits the pixels are uint16 and the host
+decodes all files; LR is made from float levels v / 257, and rounded once, to 257 times its level.
+No operator is newer than DALI 1.50.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pipeline.cli import UserError
 from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.degradations import build_degradation, kernels
 from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec, filtered
-from pipeline.data.degradations.host import Workspace
+from pipeline.data.degradations.host import Workspace, in_depth, levels_of
 from pipeline.data.degradations.steps.sharpen import HR_AMOUNT, HR_SIGMA, HR_THRESHOLD
 from pipeline.data.degrading import HostDegraded, turn
 from pipeline.data.image_access import ImageFiles
@@ -130,11 +132,12 @@ def training_pipeline(
     prefetch: int,
     decodes_on_gpu: bool = True,
 ) -> Any:
-    """Build the pipeline whose `run` returns (hr, lr), uint8 NCHW, from micro-batch `index` on.
+    """Build the pipeline whose `run` returns (hr, lr), NCHW, from micro-batch `index` on.
 
-    hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale). It is a DALI
-    pipeline, possibly followed by threads of the host, whose outputs are in the host's memory even
-    if there is a GPU. `decodes_on_gpu` matters only on a GPU.
+    hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale); both uint8,
+    or uint16 if the source's depth is 16. It is a DALI pipeline, possibly followed by threads of
+    the host, whose outputs are in the host's memory even if there is a GPU. `decodes_on_gpu`
+    matters only on a GPU.
     """
     from nvidia.dali import fn, pipeline_def
 
@@ -194,6 +197,7 @@ class _TrainingGraph:
         self, source: CropSource, device_id: int | None, *, decodes_on_gpu: bool = True
     ) -> None:
         self.source, self.device_id = source, device_id
+        self.is_deep = source.depth == 16
         self.decoder = "mixed" if device_id is not None and decodes_on_gpu else "cpu"
         # On a GPU, fn.flip launches one kernel per sample; on a CPU it is the fastest way.
         self.flips_by_sampling = device_id is not None
@@ -226,7 +230,10 @@ class _TrainingGraph:
         # One buffer for all micro-batches, since DALI copies it before it asks for the next one.
         # New memory would cost a page fault for every 4 KiB, because the system must zero each
         # page.
-        buffer = np.empty((self.source.position.micro_batch, 3, *self.size), np.uint8)
+        buffer = np.empty(
+            (self.source.position.micro_batch, 3, *self.size),
+            np.uint16 if self.is_deep else np.uint8,
+        )
         places = [self.source.columns.index(column) for column in self.columns if column != "crop"]
         for arrays in self.source.micro_batches(index):
             selected = tuple(arrays[place] for place in places)
@@ -260,17 +267,23 @@ class _TrainingGraph:
         if source.spec.sharpen_hr:
             region = self.sharpened(region)
         if source.lr:
-            nodes["lr"] = self.brightened(self.pixels(source.lr, "lr", nodes), nodes)
+            nodes["lr"] = self.levels(self.brightened(self.pixels(source.lr, "lr", nodes), nodes))
         # LR is made from HWC bytes: on CHW, after the transpose, the resize takes twice as long,
         # and it is most of a sample's time (without LR the graph is six times as fast). LR is made
         # before flipping and transposing, so that both sides get exactly the same symmetry with any
         # degradation: transposing before a resize does not give the same bytes as after it.
         lr = source.degradation.lr(
-            nodes, region, self.size, self.on_device, as_float=source.lr_noise is not None
+            nodes,
+            self.levels(region),
+            self.size,
+            self.on_device,
+            as_float=self.is_deep or source.lr_noise is not None,
         )
         # Noise is added to levels that are not rounded yet, so that LR is rounded only once.
         if source.lr_noise:
-            lr = source.lr_noise.add(nodes, lr, self.on_device)
+            lr = source.lr_noise.add(nodes, lr, self.on_device, is_deep=self.is_deep)
+        elif self.is_deep:
+            lr = to_deep(lr)
         low = self.source.crop // self.source.scale
         return self.hr(nodes, region), self.turned(lr, nodes, (low, low))
 
@@ -292,7 +305,7 @@ class _TrainingGraph:
         return hr
 
     def pixels(self, side: ImageFiles, name: str, nodes: dict[str, Any]) -> Any:
-        """Return a node of what was read of one side's file: HWC bytes on the device, decoded."""
+        """Return a node of what was read of one side's file: HWC pixels on the device, decoded."""
         if not side.has_streams:
             return self.on_device(nodes[name])
         part = (
@@ -312,17 +325,26 @@ class _TrainingGraph:
             image = self.on_device(decoded(*part, whole=self.decodes_whole))
         return image
 
-    def brightened(self, image: Any, nodes: dict[str, Any]) -> Any:
-        from nvidia.dali import fn
+    def levels(self, image: Any) -> Any:
+        """Return a node of uint16 pixels as float levels; uint8 pixels unchanged."""
+        from nvidia.dali import fn, types
 
-        return (
-            fn.brightness(image, brightness=nodes["brightness"])
-            if self.source.has_brightness
-            else image
-        )
+        return fn.cast(image, dtype=types.FLOAT) * (1 / 257) if self.is_deep else image
+
+    def brightened(self, image: Any, nodes: dict[str, Any]) -> Any:
+        from nvidia.dali import fn, types
+
+        if not self.source.has_brightness:
+            return image
+        if self.is_deep:  # fn.brightness rejects uint16
+            levels = fn.cast(image, dtype=types.FLOAT)
+            return fn.cast(
+                fn.brightness(levels, brightness=nodes["brightness"]), dtype=types.UINT16
+            )
+        return fn.brightness(image, brightness=nodes["brightness"])
 
     def sharpened(self, image: Any) -> Any:
-        """Return a node of HR bytes sharpened as by `steps.sharpen.sharpened_hr`."""
+        """Return a node of HR pixels sharpened as by `steps.sharpen.sharpened_hr`."""
         from nvidia.dali import fn, math, types
 
         line = kernels.gaussian_kernel(51, HR_SIGMA, HR_SIGMA, 0).sum(axis=0)
@@ -331,11 +353,12 @@ class _TrainingGraph:
         def blurred(levels: Any) -> Any:
             return filtered(filtered(levels, lines[0]), lines[1])
 
-        levels = fn.cast(image, dtype=types.FLOAT)
+        levels = fn.cast(self.levels(image), dtype=types.FLOAT)
         detail = levels - blurred(levels)
         mask = blurred(fn.cast(math.abs(detail) > HR_THRESHOLD, dtype=types.FLOAT))
         sharper = math.clamp(levels + detail * HR_AMOUNT, 0.0, 255.0)
-        return fn.cast(levels + mask * (sharper - levels), dtype=types.UINT8)
+        sharpened = levels + mask * (sharper - levels)
+        return to_deep(sharpened) if self.is_deep else fn.cast(sharpened, dtype=types.UINT8)
 
     def turned(
         self, image: Any, nodes: dict[str, Any], size: tuple[int, int], start: Any = None
@@ -373,6 +396,10 @@ class _TrainingGraph:
             planes = fn.transpose(rows, perm=[2, 1, 0], transpose_layout=False, output_layout="CHW")
             if not self.flips_by_sampling:
                 planes = fn.flip(planes, horizontal=0, vertical=horizontal)
+        elif self.is_deep:  # fn.crop_mirror_normalize does not make uint16
+            planes = fn.transpose(rows, perm=[2, 0, 1], transpose_layout=False, output_layout="CHW")
+            if not self.flips_by_sampling:
+                planes = fn.flip(planes, horizontal=horizontal, vertical=0)
         else:
             planes = fn.crop_mirror_normalize(
                 rows, mirror=horizontal, dtype=types.UINT8, output_layout="CHW"
@@ -384,9 +411,9 @@ class _TrainingGraph:
 
 
 def turned_crops(source: CropSource, arrays: tuple[Any, ...], buffer: np.ndarray) -> np.ndarray:
-    """Fill `buffer`, (micro-batch, 3, crop, crop) bytes, with the flipped and transposed crops.
+    """Fill `buffer`, (micro-batch, 3, crop, crop), with the flipped and transposed crops.
 
-    `arrays` are those of `source.make`. Returns `buffer`.
+    `arrays` are those of `source.make`, of the buffer's type. Returns `buffer`.
     """
     size, regions = source.crop, arrays[source.columns.index("hr")]
     turns = (arrays[source.columns.index(name)] for name in ("start", *TURNS))
@@ -419,10 +446,17 @@ def decoded(stream: Any, corner: Any, shape: Any, device: str, *, whole: bool) -
     return fn.decoders.image_slice(stream, start=corner, shape=shape, axes=[0, 1], **options)
 
 
+def to_deep(levels: Any) -> Any:
+    """Return a node of uint16 pixels: float levels times 257, rounded and clipped."""
+    from nvidia.dali import fn, types
+
+    return fn.cast(levels * 257.0, dtype=types.UINT16)
+
+
 def low_resolution(
     pixels: np.ndarray, spec: DegradationSpec, scale: int, *, seed: int, number: int
 ) -> np.ndarray:
-    """Degrade a whole HWC uint8 image on the CPU and return its LR, HWC uint8.
+    """Degrade a whole HWC image, uint8 or uint16, on the CPU and return its LR of the same type.
 
     The sides of the image must be multiples of `scale`. Randomness depends only on `seed` and
     `number`, as for training samples, but comes from a separate stream.
@@ -431,12 +465,16 @@ def low_resolution(
     # give the uniform numbers.
     words = random_words(seed, VALIDATION, number, 1, WORDS)[0]
     numbers, size = iter(uniforms(words[:-KEYS]).tolist()), pixels.shape[:2]
+    is_deep = pixels.dtype == np.uint16
     degradation = build_degradation(spec, scale)
     if not degradation.has_nodes:
         drawn = degradation.draw(numbers, *size)
         keys = words[-KEYS:].tolist()
-        return degradation.lr_on_host(drawn, keys, pixels, (0, 0), size, Workspace()).copy()
-    graph = _whole_image_graph(type(spec), spec.model_dump_json(), scale, size)
+        workspace = Workspace()
+        levels = levels_of(pixels, workspace)
+        lr = degradation.lr_on_host(drawn, keys, levels, (0, 0), size, workspace)
+        return in_depth(lr, 16 if is_deep else 8, workspace).copy()
+    graph = _whole_image_graph(type(spec), spec.model_dump_json(), scale, size, is_deep)
     drawn = graph.degradation.draw(numbers, *size)
     arrays = graph.degradation.arrays(drawn, words[-KEYS:].tolist())
     graph.feed[:] = [
@@ -456,10 +494,10 @@ class _WholeImageGraph(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _whole_image_graph(
-    kind: type[DegradationSpec], spec: str, scale: int, size: tuple[int, int]
+    kind: type[DegradationSpec], spec: str, scale: int, size: tuple[int, int], is_deep: bool
 ) -> _WholeImageGraph:
     """Build the graph for images of one size; cached, as building takes longer than running."""
-    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import fn, pipeline_def, types
 
     degradation = build_degradation(kind.model_validate_json(spec), scale)
     feed: list[np.ndarray] = []
@@ -481,7 +519,11 @@ def _whole_image_graph(
             batch=True,
         )
         nodes = {column: made[i] for i, column in enumerate(columns)}
-        return degradation.lr(nodes, nodes["region"], size, lambda node: node, as_float=False)
+        region = nodes["region"]
+        if not is_deep:
+            return degradation.lr(nodes, region, size, lambda node: node, as_float=False)
+        levels = fn.cast(region, dtype=types.FLOAT) * (1 / 257)
+        return to_deep(degradation.lr(nodes, levels, size, lambda node: node, as_float=True))
 
     return _WholeImageGraph(degradation, feed, without_leftovers(graph))
 

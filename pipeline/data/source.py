@@ -97,13 +97,17 @@ class CropSource:
         self.sampler, self.spec, self.scale, self.position = sampler, spec, scale, position
         self.excluded = excluded
         self.crop, threads = spec.crop, num_threads(spec.threads)
+        # Bits per value of the pixels that the graph gets. A depth that is still "auto" is 8.
+        self.depth = 16 if spec.depth == 16 else 8
         self.cache = (
-            ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch)
-            if spec.cache_gb
+            ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch, self.depth)
+            if spec.cache_gb or self.depth == 16
             else None
         )
-        self.hr = ImageFiles("hr", hr_paths, self.cache)
-        self.lr = ImageFiles("lr", lr_paths, self.cache) if lr_paths is not None else None
+        self.hr = ImageFiles("hr", hr_paths, self.cache, self.depth)
+        self.lr = (
+            ImageFiles("lr", lr_paths, self.cache, self.depth) if lr_paths is not None else None
+        )
         # One for each folder, or one for all. With several, the host makes LR, because a graph has
         # a fixed one.
         self.degradations = [build_degradation(of, scale) for of in spec.degradation.by_folder]

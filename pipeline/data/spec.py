@@ -84,6 +84,11 @@ class DataSpec(Spec):
         description="share of each dataset folder in an epoch, in order; empty: every file equally "
         "often",
     )
+    depth: Literal["auto", 8, 16] = Field(
+        "auto",
+        description="bits per value in the whole run; auto: 16 if a file of the dataset has more "
+        "than 8, else 8. Files of the other depth are converted",
+    )
     augment: bool = Field(
         True,
         description="flip and rotate each sample by one of the eight symmetries of a square, "

@@ -37,7 +37,9 @@ class Metric:
     title: str
     """Display name."""
     code: str
-    """`module:function` from (SR, HR), uint8 RGB 1 x 3 x H x W with borders cut off, to a float.
+    """`module:function` from (SR, HR), RGB 1 x 3 x H x W with borders cut off, to a float.
+
+    Both are uint8 or both uint16.
 
     For a metric with `trunks`, it names a class instead, built with (network, weights, device),
     whose instances are such functions.
@@ -192,7 +194,7 @@ def load_measures(
 def measure(
     sr: Tensor, hr: Tensor, border: int, measures: Sequence[Measure] | None = None
 ) -> dict[str, float]:
-    """Return metric name -> value for uint8 RGB (N, 3, H, W) `sr` against `hr`.
+    """Return metric name -> value for RGB (N, 3, H, W) `sr` against `hr`, both uint8 or uint16.
 
     `border` pixels are cut off on every side. The default `measures` are all metrics without
     trunks. Raises `ValueError` for images of another type or shape, or that are too small.
@@ -200,14 +202,14 @@ def measure(
     import torch
 
     if (
-        sr.dtype != torch.uint8
-        or hr.dtype != torch.uint8
+        sr.dtype not in (torch.uint8, torch.uint16)
+        or hr.dtype != sr.dtype
         or sr.shape != hr.shape
         or sr.shape[1] != 3
     ):
         raise ValueError(
-            f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must be uint8 "
-            "RGB of the same shape"
+            f"SR {sr.dtype} {tuple(sr.shape)} and HR {hr.dtype} {tuple(hr.shape)} must both be "
+            "uint8 or both uint16 RGB of the same shape"
         )
     measures = load_measures(METRICS.values()) if measures is None else measures
     height, width = hr.shape[-2] - 2 * border, hr.shape[-1] - 2 * border

@@ -1,4 +1,8 @@
-"""PSNR and SSIM in the conventions of super-resolution papers, in float64 on uint8 RGB images.
+"""PSNR and SSIM in the conventions of super-resolution papers, in float64 on RGB images.
+
+Images are uint8, or uint16 for 16 bits, whose pixel v has the level v / 257; all values below are
+in levels, and a PSNR's peak is 255 levels, which is 65535 in 16 bits. Where uint8 images are
+rounded to integers, uint16 images are rounded to 1/257 of a level, as MATLAB does.
 
 Y is BT.601 luma in studio range, as in MATLAB's `rgb2ycbcr`. The papers measure on Y rounded to
 uint8 (MATLAB's output for uint8 images): `psnr_y`, `ssim_y`. BasicSR measures on unrounded Y, which
@@ -28,10 +32,12 @@ BAND = 256
 
 
 def luma(images: Tensor, rounded: bool) -> Tensor:
-    """Convert uint8 RGB (N, 3, H, W) to BT.601 studio-range Y, float64 (N, 1, H, W) in 16..235.
+    """Convert RGB (N, 3, H, W) to BT.601 studio-range Y, float64 (N, 1, H, W) in 16..235.
 
-    With `rounded`, Y is rounded to integers, halves up.
+    With `rounded`, Y is rounded to the steps of the images' type, halves up.
     """
+    if images.dtype == torch.uint16:
+        return _deep_luma(images, rounded)
     red, green, blue = images.to(torch.int32).split(1, dim=1)
     # Exact, in units of 1/255000, so that halves round correctly.
     y = 65481 * red + 128553 * green + 24966 * blue
@@ -40,39 +46,52 @@ def luma(images: Tensor, rounded: bool) -> Tensor:
     return y.to(torch.float64) / 255000 + 16
 
 
+def _deep_luma(images: Tensor, rounded: bool) -> Tensor:
+    red, green, blue = images.to(torch.int64).split(1, dim=1)
+    y = 65481 * red + 128553 * green + 24966 * blue  # in units of 1/255000 of a uint16 step
+    if rounded:
+        y = torch.div(y + 127500, 255000, rounding_mode="floor") * 255000
+    return (y.to(torch.float64) / 255000 + 16 * 257) / 257
+
+
+def levels(images: Tensor) -> Tensor:
+    """Return the levels of uint8 or uint16 images, or of floats in 0..255, as float64."""
+    return images.to(torch.float64) / (257 if images.dtype == torch.uint16 else 1)
+
+
 def mean_of(values: Tensor) -> float:
     """Return the mean of a float64 tensor, independent of the number of threads."""
     return values.mean().item() if values.device.type != "cpu" else float(values.numpy().mean())
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB of two tensors of the same shape in 0..255.
+    """Return the peak signal-to-noise ratio in dB of two tensors of the same shape and type.
 
-    It is infinite if they are equal.
+    They are images, or floats in 0..255. It is infinite if they are equal.
     """
-    error = mean_of((first.to(torch.float64) - second.to(torch.float64)).square())
+    error = mean_of((levels(first) - levels(second)).square())
     return math.inf if error == 0 else 10 * math.log10(DATA_RANGE**2 / error)
 
 
 def ssim(first: Tensor, second: Tensor) -> float:
-    """Return the mean structural similarity of two NCHW tensors in 0..255, at least 11x11.
+    """Return the mean structural similarity of two NCHW tensors, at least 11x11.
 
-    Only windows within the images count.
+    They are images, or floats in 0..255. Only windows within the images count.
     """
     # One channel at a time, because float64 maps of a whole RGB photograph take gigabytes.
     planes = zip(first.flatten(0, 1), second.flatten(0, 1), strict=True)
     return float(
-        sum(_ssim_of_plane(a.to(torch.float64), b.to(torch.float64)) for a, b in planes)
+        sum(_ssim_of_plane(levels(a), levels(b)) for a, b in planes)
         / (first.shape[0] * first.shape[1])
     )
 
 
 def psnr_y(sr: Tensor, hr: Tensor) -> float:
-    """Return the PSNR in dB on Y rounded to uint8; infinite for equal images.
+    """Return the PSNR in dB on Y rounded to the images' type; infinite for equal images.
 
-    The images are uint8 RGB (N, 3, H, W) of the same shape. Rows are processed in bands, because
+    The images are RGB (N, 3, H, W) of the same shape and type. Rows are processed in bands, because
     int32 and float64 planes of a whole photograph would fill the memory. Sums of squared integers
-    are exact in float64, so the bands do not change the value.
+    are exact in float64, so for uint8 the bands do not change the value.
     """
     total = 0.0
     for top in range(0, sr.shape[-2], BAND):

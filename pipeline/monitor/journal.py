@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.cli import say
 from pipeline.files import AppendFile, parse_json
+from pipeline.images import as_bytes
 from pipeline.run_folder import LOG_FILE
 
 TENSORBOARD_DIR = "tensorboard"
@@ -81,7 +82,8 @@ class Journal:
             self._tracker.scalars(step, scalars)
 
     def picture(self, step: int, tag: str, image: Tensor) -> None:
-        """Log an image: uint8 (1, 3, height, width)."""
+        """Log an image: uint8 or uint16 (1, 3, height, width); shown in 8 bits."""
+        image = as_bytes(image)
         with self.warn_on_error():
             self._board.add_image(tag, image[0].cpu(), step)
         if self._tracker:

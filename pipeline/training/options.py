@@ -226,8 +226,12 @@ def _stage_plan(
         (options.ds_config or recipe.ds_config_path()).expanduser(), ds_overrides
     )
     # Reading lists of millions of files takes seconds: stages with the same data share them.
-    is_read = before is not None and before.recipe.data == recipe.data
+    is_read = before is not None and _with_depth(before.recipe, recipe.data.depth).data == (
+        recipe.data
+    )
     dataset = before.dataset if before is not None and is_read else _dataset(options, recipe)
+    # From here on the recipe says what "auto" has found, so that a run notices if its files change.
+    recipe = _with_depth(recipe, dataset.depths.chosen(recipe.data.depth))
     if options.from_step is not None and (options.reset or options.from_step < 1):
         raise UserError(
             f"--from-step {options.from_step} continues a run, but --reset starts a new one; give "
@@ -274,6 +278,10 @@ def _stage_plan(
         options.spill_dir,
         options.from_step,
     )
+
+
+def _with_depth(recipe: Recipe, depth: Literal["auto", 8, 16]) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"depth": depth})})
 
 
 def _discriminator_ds_config(

@@ -2,7 +2,7 @@
 
 <log dir>/samples/<picture>/step-00000400.png       bicubic | SR | HR, side by side, with PSNR
 
-At x1, the first is the input itself.
+At x1, the first is the input itself. In a run of 16 bits the sheets have 16 bits as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -23,8 +24,9 @@ from pipeline.config.recipe import Recipe
 from pipeline.data.dataset import Dataset
 from pipeline.data.dataset import Image as ImageFile
 from pipeline.data.image_files import is_encoded, is_npy
+from pipeline.data.image_pixels import in_depth, to_8_bits
 from pipeline.files import write_atomically
-from pipeline.images import border_of
+from pipeline.images import border_of, depth_of
 from pipeline.metrics import METRICS, load_measures, measure
 from pipeline.training.validation import ValidationPair, enlarged_input, read_pair
 
@@ -121,8 +123,8 @@ class Previews:
     def write(self, step: int, outputs: Sequence[Tensor]) -> None:
         """Write a sheet for each picture.
 
-        `outputs`: the network's output for each, uint8 (1, 3, height, width), on the CPU. Raises
-        `OSError` if a file cannot be written.
+        `outputs`: the network's output for each, pixels (1, 3, height, width) of its pair's type,
+        on the CPU. Raises `OSError` if a file cannot be written.
         """
         for pair, before, sr, folder in zip(
             self.pairs, self._inputs, outputs, self._folders, strict=True
@@ -165,10 +167,11 @@ def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
         "RGB", (len(panels) * (width + GAP) + GAP, height + GAP + CAPTION), BACKGROUND
     )
     draw = ImageDraw.Draw(sheet)
+    places: list[tuple[int, np.ndarray]] = []  # left edge and pixels of each panel
     for number, (pixels, caption) in enumerate(panels):
         x = GAP + number * (width + GAP)
-        image = Image.fromarray(np.ascontiguousarray(pixels[0].permute(1, 2, 0).numpy()))
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, GAP))
+        places.append((x, _enlarged(pixels, zoom)))
+        sheet.paste(Image.fromarray(to_8_bits(places[-1][1])), (x, GAP))
         font = next(
             (font for font in _fonts() if draw.textlength(caption, font=font) <= width),
             _fonts()[-1],
@@ -176,9 +179,20 @@ def _sheet(panels: Sequence[tuple[Tensor, str]]) -> bytes:
         draw.text(
             (x + width / 2, height + GAP + CAPTION / 2), caption, fill=TEXT, font=font, anchor="mm"
         )
+    if depth_of(panels[0][0]) == 16:
+        deep = in_depth(np.asarray(sheet), 16)
+        for x, image in places:
+            deep[GAP : GAP + height, x : x + width] = image
+        return imagecodecs.png_encode(deep, level=1)
     written = io.BytesIO()
     sheet.save(written, format="PNG", compress_level=1)
     return written.getvalue()
+
+
+def _enlarged(image: Tensor, zoom: int) -> np.ndarray:
+    """Return an image (1, 3, height, width) as an array, each pixel as a block of `zoom` pixels."""
+    pixels = image[0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
 
 
 def every_nth(count: int, most: int) -> int:

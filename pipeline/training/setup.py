@@ -510,6 +510,13 @@ def _introduction(
         f"{', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
         f"{short_path(plan.run_dir)}",
     ]
+    if depths := plan.dataset.depths.line(16 if recipe.data.depth == 16 else 8):
+        lines.append(depths)
+    if recipe.data.depth == 16 and not precision.startswith("FP32"):
+        lines.append(
+            f"note: {precision.split()[0]} keeps fewer than the data's 16 bits; FP32 keeps them "
+            "all (ds.bf16.enabled=false ds.fp16.enabled=false)"
+        )
     if execution.remark:
         lines.append(execution.remark)
     if recipe.scale == 1 and isinstance(recipe.data.degradation, BicubicSpec):

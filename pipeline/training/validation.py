@@ -14,13 +14,15 @@ from pipeline.cli import UserError
 from pipeline.config.recipe import BestSpec, Recipe
 from pipeline.data.dataset import Image
 from pipeline.data.decoding import BadFileError, HostDecoder
-from pipeline.data.image_files import is_npy, npy_layout
+from pipeline.data.image_files import is_npy, load_npy
+from pipeline.data.image_pixels import in_depth
 from pipeline.data.reader import low_resolution
 from pipeline.distributed.ranks import Ranks
 from pipeline.images import (
     border_of,
     cubic_resize,
-    to_bytes,
+    depth_of,
+    to_pixels,
     to_tensor,
     unit_range,
     without_tf32,
@@ -31,7 +33,7 @@ KEPT_BYTES = 1 << 29  # of images kept in memory per rank; the rest is read agai
 
 
 class ValidationPair(NamedTuple):
-    """A validation image: uint8 tensors (1, 3, height, width) in host memory."""
+    """A validation image: tensors (1, 3, height, width) in host memory, both uint8 or uint16."""
 
     name: str
     hr: Tensor
@@ -100,7 +102,7 @@ class ValidationSet:
         # Read all of them now, so that a bad file fails the run at its start and not hours later.
         for place in range(len(self._images)):
             pair = self.pair(place)
-            room -= pair.hr.numel() + pair.lr.numel()
+            room -= pair.hr.nbytes + pair.lr.nbytes
             if room > 0:
                 self._kept[place] = pair
 
@@ -160,16 +162,19 @@ class ValidationSet:
 
     @torch.inference_mode()
     def upscale(self, network: nn.Module, pair: ValidationPair) -> Tensor:
-        """Return the network's output for a pair: uint8, on the device."""
+        """Return the network's output for a pair: pixels of its type, on the device."""
         lr = pair.lr.to(self.ranks.device).contiguous(memory_format=self.memory_format)
         with without_tf32():
-            return to_bytes(network(lr)).contiguous()
+            return to_pixels(network(lr), depth_of(pair.hr)).contiguous()
 
 
 def enlarged_input(pair: ValidationPair) -> Tensor:
-    """Upscale a pair's LR bicubically to the size of HR: uint8, on the host. At x1, it is LR."""
+    """Upscale a pair's LR bicubically to the size of HR: pixels of its type, on the host.
+
+    At x1, it is LR.
+    """
     size = (pair.hr.shape[-2], pair.hr.shape[-1])
-    return to_bytes(cubic_resize(unit_range(pair.lr, torch.float32), size))
+    return to_pixels(cubic_resize(unit_range(pair.lr, torch.float32), size), depth_of(pair.hr))
 
 
 def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> ValidationPair:
@@ -178,7 +183,8 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
     `number`, its index in the list, seeds what is random in the LR. Raises `UserError` naming a
     file that cannot be read or is too small; `way_out` replaces the advice.
     """
-    pixels, scale = _read(image.path), recipe.scale
+    depth = 16 if recipe.data.depth == 16 else 8
+    pixels, scale = _read(image.path, depth), recipe.scale
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
         way_out = way_out or (
@@ -194,7 +200,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
         degradation = recipe.data.degradation.of_folder(getattr(image, "folder", 0))
         lr = low_resolution(pixels, degradation, scale, seed=recipe.seed, number=number)
     else:
-        lr = _read(image.lr_path)
+        lr = _read(image.lr_path, depth)
         if lr.shape[:2] != (height // scale, width // scale):
             raise UserError(
                 f"{image.lr_path}: {lr.shape[0]}x{lr.shape[1]} is not 1/{scale} of "
@@ -204,14 +210,11 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
     return ValidationPair(image.name, to_tensor(pixels), to_tensor(lr))
 
 
-def _read(path: str) -> np.ndarray:
-    """Read uint8 pixels, (height, width, 3), with the decoder that training uses."""
+def _read(path: str, depth: int) -> np.ndarray:
+    """Read pixels of `depth` bits, (height, width, 3), with the decoder that training uses."""
     if is_npy(path):
-        layout = npy_layout(path)
-        return np.fromfile(path, np.uint8, offset=layout.offset).reshape(
-            layout.height, layout.width, 3
-        )
-    decoder = HostDecoder(threads=1, batch=1)
+        return in_depth(load_npy(path), depth)
+    decoder = HostDecoder(threads=1, batch=1, depth=depth)
     try:
         (image,) = decoder.decode([path])
     finally:

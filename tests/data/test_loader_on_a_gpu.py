@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import types
 from test_loader import images, source
 
 from pipeline.cli import UserError
@@ -77,6 +78,8 @@ class FakeTensor:
 
 
 class FakeOutput:
+    dtype = types.UINT8
+
     def as_tensor(self) -> FakeOutput:
         return self
 

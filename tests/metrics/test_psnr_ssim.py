@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from fabricate import picture
 from pipeline.metrics import METRICS, measure, psnr_ssim
-from pipeline.metrics.psnr_ssim import luma, psnr, ssim
+from pipeline.metrics.psnr_ssim import luma, psnr, psnr_y, ssim
 
 GAUSSIAN = {
     "gaussian_weights": True,
@@ -108,5 +108,33 @@ def test_what_cannot_be_measured_is_refused():
     ):
         measure(image, image, border=2)
     for other in (image[..., :-1], image.float()):
-        with pytest.raises(ValueError, match="must be uint8 RGB of the same shape"):
+        with pytest.raises(ValueError, match="uint8 or both uint16 RGB of the same shape"):
             measure(other, image, border=1)
+
+
+def test_16_bits_are_measured_in_the_same_units():
+    """8-bit pixels score the same in both types, but for the rounding of Y."""
+    plain = [as_tensor(picture(40, 48, seed)) for seed in (0, 1)]
+    deep = [(image.to(torch.int32) * 257).to(torch.uint16) for image in plain]
+    before, after = measure(*plain, border=2), measure(*deep, border=2)
+    for name, value in before.items():
+        rounded = name in ("psnr_y", "ssim_y")
+        assert after[name] == pytest.approx(value, rel=1e-2 if rounded else 1e-12), name
+    with pytest.raises(ValueError, match="both uint16"):
+        measure(plain[0], deep[1], border=2)
+
+
+def test_psnr_y_of_16_bits_is_that_of_matlab_on_uint16():
+    """MATLAB's rgb2ycbcr of uint16: Y is rounded to uint16; the peak is 65535."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 65536, (9, 300, 3)).astype(np.uint16) for _ in range(2))
+    weights = np.array([65.481, 128.553, 24.966])
+    y = [np.floor(image @ weights / 255 + 16 * 257 + 0.5) for image in (first, second)]
+    expected = 10 * np.log10(65535**2 / np.square(y[0] - y[1]).mean())
+    tensors = [torch.from_numpy(image).permute(2, 0, 1)[None] for image in (first, second)]
+    assert psnr_y(*tensors) == pytest.approx(expected, abs=1e-6)
+    one_off = tensors[0].clone()
+    one_off[0, :, 0, 0] = torch.tensor([0, 0, 0], dtype=torch.uint16)
+    tensors[0][0, :, 0, 0] = torch.tensor([1, 1, 1], dtype=torch.uint16)
+    error = 1 / (9 * 300)  # Y differs by one step of 16 bits in one pixel
+    assert psnr_y(tensors[0], one_off) == pytest.approx(10 * np.log10(65535**2 / error))

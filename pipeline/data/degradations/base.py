@@ -113,16 +113,18 @@ class Degradation:
         self,
         parameters: Parameters,
         keys: Sequence[int],
-        region: NDArray[np.uint8],
+        region: NDArray[Any],
         start: tuple[int, int],
         size: tuple[int, int],
         workspace: Any,
-    ) -> NDArray[np.uint8]:
+    ) -> NDArray[Any]:
         """Return LR of the part of `region`, (height, width, 3), with `size` at `start`.
 
-        `start` and `size` are in HR pixels and multiples of the scale. The result equals, up to
-        rounding, what `lr` makes from the arrays of the same `parameters` and `keys`. It is valid
-        until `workspace`, a `host.Workspace`, is used again.
+        The region is uint8 and so is LR. In a run of 16 bits the region is float32 levels, which
+        may be overwritten, and LR may be float32 levels too, neither clipped nor rounded. `start`
+        and `size` are in HR pixels and multiples of the scale. The result equals, up to rounding,
+        what `lr` makes from the arrays of the same `parameters` and `keys`. It is valid until
+        `workspace`, a `host.Workspace`, is used again.
         """
         raise NotImplementedError
 
@@ -164,8 +166,8 @@ class LrNoise:
             },
         }
 
-    def add(self, nodes: Nodes, lr: Any, on_device: OnDevice) -> Any:
-        """Return a node of bytes: FP32 `lr` with noise, rounded."""
+    def add(self, nodes: Nodes, lr: Any, on_device: OnDevice, *, is_deep: bool = False) -> Any:
+        """Return a node of FP32 `lr` with noise, rounded to bytes, or with `is_deep` to uint16."""
         from nvidia.dali import fn, types
 
         is_noisy = nodes["is_noisy"]
@@ -176,23 +178,23 @@ class LrNoise:
             levels = noise.add_gaussian(lr, normal, nodes["noise_sigma"])
         else:
             levels = lr
+        if is_deep:
+            return fn.cast(levels * 257.0, dtype=types.UINT16)
         return fn.cast(levels, dtype=types.UINT8)
 
     def add_on_host(
-        self, sigma: float, keys: Sequence[int], lr: NDArray[np.uint8], workspace: Any
-    ) -> NDArray[np.uint8]:
-        """Return `lr` (height, width, 3) with the noise that `add` adds.
+        self, sigma: float, keys: Sequence[int], lr: NDArray[Any], workspace: Any
+    ) -> NDArray[np.float32] | NDArray[np.uint8]:
+        """Return `lr`, (height, width, 3) bytes or levels, with the noise that `add` adds.
 
-        The result is in memory of `workspace`, a `host.Workspace`.
+        The result is not rounded yet, and in memory of `workspace`, a `host.Workspace`.
         """
         from pipeline.data.degradations import host
 
         if not sigma:
             return lr
         fields = noise.noise_keys((keys[0], keys[1]), *lr.shape[:2], 3)
-        return host.rounded(
-            host.with_gaussian(lr.astype(np.float32), fields, sigma, workspace), workspace
-        )
+        return host.with_gaussian(lr.astype(np.float32), fields, sigma, workspace)
 
 
 def filtered(image: Any, kernel: Any) -> Any:

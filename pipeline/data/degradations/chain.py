@@ -287,12 +287,14 @@ class Chain(Degradation):
     ) -> NDArray[Any]:
         from pipeline.data.degradations import host
 
+        is_deep = region.dtype == np.float32
         lr = run(region, parameters["steps"], workspace)
         (top, left), (height, width) = (
             [side // self.scale for side in place] for place in (start, size)
         )
         part = np.ascontiguousarray(lr[top : top + height, left : left + width])
-        return host.rounded(part, workspace)
+        # In a run of 16 bits, `part` is rounded to those.
+        return part if is_deep else host.rounded(part, workspace)
 
 
 def run(image: Image, steps: Sequence[Parameters], workspace: Any) -> Image:

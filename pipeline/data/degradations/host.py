@@ -472,6 +472,28 @@ def rounded(image: Levels | Bytes, workspace: Workspace) -> Bytes:
     return cv2.convertScaleAbs(positive, dst=workspace.array("bytes", image.shape, np.uint8))
 
 
+def in_depth(image: Levels | Bytes, depth: int, workspace: Workspace) -> Bytes | NDArray[np.uint16]:
+    """Return levels as pixels of `depth` bits, 8 or 16, clipped and rounded to the nearest."""
+    if depth == 8:
+        return rounded(image, workspace)
+    out = workspace.array("deep", image.shape, np.uint16)
+    if image.dtype == np.uint8:
+        return np.multiply(image, np.uint16(257), out=out)
+    scaled = np.multiply(image, np.float32(257), out=workspace.array("scaled", image.shape))
+    np.clip(np.rint(scaled, out=scaled), 0, 65535, out=scaled)
+    np.copyto(out, scaled, casting="unsafe")
+    return out
+
+
+def levels_of(pixels: Bytes | NDArray[np.uint16], workspace: Workspace) -> Levels | Bytes:
+    """Return uint16 pixels as float32 levels that may be overwritten; uint8 pixels unchanged."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    return np.multiply(
+        pixels, np.float32(1 / 257), out=workspace.array("region", pixels.shape), dtype=np.float32
+    )
+
+
 def through_jpeg(image: Levels | Bytes, quality: int, workspace: Workspace) -> Bytes:
     """Round the levels and compress them with JPEG, 4:2:0, by OpenCV, as DALI does."""
     pixels = rounded(image, workspace)

@@ -58,6 +58,13 @@ class ImageHeader:
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
     @property
+    def pixel_depth(self) -> int:
+        """Bits per value, 8 or 16, that `image_pixels.decode_picture` keeps of the samples."""
+        if self.depth <= 8 or self.format not in ("png", "tiff", "jp2", "jxl", "pnm"):
+            return 8
+        return 8 if self.format == "tiff" and self.colors not in ("gray", "RGB") else 16
+
+    @property
     def colors(self) -> str:
         """Colour model of the samples: gray, RGB (also for palettes), CMYK, YCbCr or LAB.
 
