@@ -59,10 +59,10 @@ class Options:
 
     JPEG quality and chroma subsampling come from the tables of JPEG files; for JPEGs that were
     saved again as PNG, WebP or other formats, from the traces in their pixels, with the place of
-    the block grid. Also measured: noise of luma and chroma, blur, earlier enlargements, subsampled
-    chroma without JPEG, levels in use, black bars, interlaced lines. Of large images, the middle
-    1024x1024 pixels are measured. docs/estimating-degradations.md says how far each number can be
-    trusted.
+    the block grid; the quality of WebP files from their quantisers. Also measured: noise of luma
+    and chroma, blur, earlier enlargements, subsampled chroma without JPEG, levels in use, black
+    bars, interlaced lines. Of large images, the middle 1024x1024 pixels are measured.
+    docs/estimating-degradations.md says how far each number can be trusted.
 
     Example: python tools/estimate_degradation.py ~/old_photos --out old_photos.yaml
     """
@@ -222,6 +222,7 @@ def _print(folder: str, found: Summary) -> None:
     rows: list[tuple[str, Spread | None, int]] = [
         ("quality of JPEG files", found.jpeg_files, 0),
         ("quality of JPEGs saved again", found.jpeg_traces, 0),
+        ("quality of WebP files", found.webp, 0),
         ("noise of luma, levels", found.luma_noise, 1),
         ("noise of chroma, levels", found.chroma_noise, 1),
         ("blur, sigma in pixels", found.blur, 2),

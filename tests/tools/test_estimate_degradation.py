@@ -22,7 +22,7 @@ from tools.crops.grid import halved
 
 
 def low_quality_files() -> dict[str, bytes]:
-    """Two JPEG files, one that was cropped and saved as PNG, and an enlarged, noisy picture."""
+    """Two JPEGs, one that was cropped and saved as PNG, an enlarged, noisy picture, and a WebP."""
     sharp = halved(wheel_photograph("coffee.png"))
     rng = np.random.default_rng(0)
     jpeg = encoded(sharp, "jpeg", quality=60, subsampling=2)
@@ -34,6 +34,7 @@ def low_quality_files() -> dict[str, bytes]:
         "web/b.jpg": encoded(sharp, "jpeg", quality=80, subsampling=0),
         "saved/c.png": encoded(pixels[2:, 7:], "png"),
         "saved/d.npy": npy(noisy),
+        "web/e.webp": encoded(sharp, "webp", quality=50),
     }
 
 
@@ -42,7 +43,7 @@ def test_the_numbers_and_the_preset(tmp_path: Path) -> None:
     outputs = "--out", tmp_path / "made.yaml", "--json", tmp_path / "made.json"
     result = run_tool("estimate_degradation", tmp_path / "lr", *outputs, "--threads", 1)
     assert result.returncode == 0, result.stderr
-    for words in ("saved/: 2 images", "web/: 2 images", "all images: 4 images", "wrote "):
+    for words in ("saved/: 2 images", "web/: 3 images", "all images: 5 images", "wrote "):
         assert words in result.stdout
     numbers = json.loads((tmp_path / "made.json").read_text())
     images = {image["name"]: image for image in numbers["images"]}
@@ -62,7 +63,8 @@ def test_the_numbers_and_the_preset(tmp_path: Path) -> None:
         "is_file": False,
         "is_standard": True,
     }
-    assert found["saved/d.npy"] is None
+    assert found["saved/d.npy"] is found["web/e.webp"] is None
+    assert abs(images["web/e.webp"]["webp_quality"] - 50) <= 1
     assert 0.8 < images["web/a.jpg"]["blur"] < 1.6
     assert images["web/b.jpg"]["blur"] < 0.35
     enlarged = images["saved/d.npy"]
@@ -80,10 +82,10 @@ def test_the_numbers_and_the_preset(tmp_path: Path) -> None:
     assert kinds == ["one_of", "noise", "one_of"]
     sizes, _, codecs = preset["steps"]
     shrink = sizes["one_of"][0]["steps"][0]["resize"]
-    assert sizes["one_of"][0]["probability"] == 0.25
+    assert sizes["one_of"][0]["probability"] == 0.2
     assert shrink == {"of": "lr", "factor": [0.5, 0.5]}
     assert codecs["one_of"][0] == {
-        "probability": 0.75,
+        "probability": 0.6,
         "steps": [
             {
                 "compress": {
@@ -94,12 +96,16 @@ def test_the_numbers_and_the_preset(tmp_path: Path) -> None:
             }
         ],
     }
+    webp = codecs["one_of"][1]["steps"][0]["compress"]
+    assert webp["codec"] == "webp"
+    assert abs(webp["quality"][0] - 50) <= 1
+    assert codecs["one_of"][2] == {"probability": 0.2, "steps": []}
     # Each step has its reason above it.
     lines = text.splitlines()
     steps = [number for number, line in enumerate(lines) if line.startswith("- ")]
     assert len(steps) == 3
     assert all(lines[number - 1].startswith("# ") for number in steps)
-    assert "3 of 4 images" in text
+    assert "3 of 5 images" in text
 
     again = run_tool("estimate_degradation", tmp_path / "lr", *outputs, "--threads", 2)
     assert again.returncode == 0

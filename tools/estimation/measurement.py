@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.image_headers import ImageHeader
-from tools.estimation import chroma, jpeg, levels, noise, sharpness
+from tools.estimation import chroma, jpeg, levels, noise, sharpness, webp
 
 MIN_SIDE = 64  # pixels; smaller images say too little
 MAX_SIDE = 1024  # of the middle part that is measured
@@ -42,6 +42,8 @@ class Measurement:
     depth: int
     """Bits per sample of the file."""
     jpeg: Jpeg | None
+    webp_quality: int | None
+    """0..100, of a lossy WebP file."""
     subsampling: str | None
     """Of chroma, by any codec; "gray" for an image without colours; `None`: unknown."""
     luma_noise: float
@@ -125,6 +127,7 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
         is_lossy=header.is_lossy,
         depth=header.depth,
         jpeg=compression,
+        webp_quality=webp.quality_of(data) if header.format == "webp" else None,
         subsampling=subsampling,
         luma_noise=luma_noise,
         visible_noise=visible,

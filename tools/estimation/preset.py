@@ -57,8 +57,10 @@ class Summary:
     """JPEG traces whose blocks do not start at the image's corner."""
     lossy_formats: dict[str, int]
     """Files of lossy formats other than JPEG."""
+    webp: Spread | None
+    """Quality of lossy WebP files."""
     subsampled: dict[str, int]
-    """Chroma subsampling of images without a JPEG compression; "444" and "gray" excluded."""
+    """Chroma subsampling of images without a lossy compression; "444" and "gray" excluded."""
     luma_noise: Spread | None
     """Of images whose noise is visible and at least `LEAST_NOISE`."""
     chroma_noise: Spread | None
@@ -100,10 +102,13 @@ def summary(images: Sequence[Measurement]) -> Summary:
         lossy_formats=_counted(
             image.format for image in images if image.is_lossy and image.format != "jpeg"
         ),
+        webp=spread(image.webp_quality for image in images if image.webp_quality is not None),
         subsampled=_counted(
             image.subsampling
             for image in images
-            if image.jpeg is None and image.subsampling not in ("444", "gray")
+            if image.jpeg is None
+            and not image.is_lossy
+            and image.subsampling not in ("444", "gray")
         ),
         luma_noise=spread(image.luma_noise for image in noisy),
         chroma_noise=spread(
@@ -280,7 +285,7 @@ def _codec(found: Summary) -> Step | None:
         known = {
             name: float(number)
             for name, number in found.jpeg_subsamplings.items()
-            if name not in ("gray", "other")
+            if name in ("420", "422", "440", "411", "444")
         }
         section: dict[str, Any] = {
             "codec": "jpeg",
@@ -302,10 +307,19 @@ def _codec(found: Summary) -> Step | None:
         if form not in ("webp", "avif", "jxl", "jp2") or share < LEAST_SHARE:
             continue
         left -= share
-        choices.append({"probability": _rounded(share), "steps": [{"compress": {"codec": form}}]})
-        reasons.append(
-            f"{number} files are lossy {form}, which does not state its quality: the default range"
-        )
+        section = {"codec": form}
+        if form == "webp" and found.webp is not None:
+            section["quality"] = [round(found.webp.low), round(found.webp.high)]
+            reasons.append(
+                f"{number} files are lossy WebP, by their quantisers of quality "
+                f"{_numbers(found.webp, 0)}"
+            )
+        else:
+            reasons.append(
+                f"{number} files are lossy {form}, which does not state its quality: the default "
+                "range"
+            )
+        choices.append({"probability": _rounded(share), "steps": [{"compress": section}]})
     if not choices:
         return None
     left = _rounded(1 - sum(choice["probability"] for choice in choices))

@@ -1,4 +1,4 @@
-"""JPEG quality, block grid and chroma subsampling: exact, from files and from pixels."""
+"""Quality, block grid and chroma subsampling of JPEGs, from files and pixels; WebP quality."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from dataset_corpus import encoded, photograph, wheel_photograph
 from tools.crops.grid import halved
-from tools.estimation import chroma, jpeg
+from tools.estimation import chroma, jpeg, webp
 
 SUBSAMPLINGS = {"444": 0, "422": 1, "420": 2}
 
@@ -45,6 +45,16 @@ def test_the_quality_of_a_file_is_that_given_to_libjpeg() -> None:
 def test_a_file_states_its_subsampling(subsampling: str) -> None:
     data = encoded(photograph(32, 32), "jpeg", subsampling=SUBSAMPLINGS[subsampling])
     assert jpeg.read_tables(data).subsampling == subsampling
+
+
+def test_the_quality_of_a_webp_file_is_that_given_to_libwebp() -> None:
+    for quality in range(0, 101, 4):
+        data = encoded(scene()[:96, :128], "webp", quality=quality)
+        assert webp.quality_of(data) == pytest.approx(quality, abs=1)
+    assert webp.quality_of(encoded(scene()[:32, :32], "webp", lossless=True)) is None
+    assert webp.quality_of(data[:40]) is not None  # the header is enough
+    assert webp.quality_of(data[:16]) is None
+    assert webp.quality_of(b"") is None
 
 
 def test_gray_files_and_tables_of_other_encoders() -> None:
