@@ -30,7 +30,6 @@ from pipeline.cli import RunError, UserError, run
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import chain, host
 from pipeline.data.degradations.base import Degradation, Parameters
-from pipeline.data.degrading import turn
 from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
@@ -492,8 +491,8 @@ def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
     panels = [("HR", _blocks(pair.hr, (0, 0), (1, 1), side))]
     if pair.region is not None:
         region, workspace = pair.region.shape[:2], host.Workspace()
-        start = sample.top - sample.region[0], sample.left - sample.region[1]
         crop = len(pair.hr)
+        start = sample.corner(crop, is_turned=True)
         corner, extent = (
             [place / length for place, length in zip(of, region, strict=True)]
             for of in (start, (crop, crop))
@@ -502,9 +501,7 @@ def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
         for number, drawn in enumerate(steps, 1):
             image = chain.run(image, [drawn], workspace)
             part = _blocks(host.rounded(image, host.Workspace()), corner, extent, side)
-            planes = np.empty((3, side, side), np.uint8)
-            turn(part, sample.transpose, sample.flip_vertical, sample.flip_horizontal, planes)
-            panels.append((f"{number}: {step_words(drawn)}", planes.transpose(1, 2, 0)))
+            panels.append((f"{number}: {step_words(drawn)}", part))
     noise = f", noise sigma {sample.noise_sigma:.2f}" if sample.noise_sigma else ""
     height, width = pair.lr.shape[:2]
     return [*panels, (f"LR, {height}x{width}{noise}", _blocks(pair.lr, (0, 0), (1, 1), side))]

@@ -94,7 +94,7 @@ class HostDegraded:
         """
         workspace = self._workspace()
         source = self._source
-        start = sample.top - sample.region[0], sample.left - sample.region[1]
+        start = sample.corner(source.crop, is_turned=False)
         turns = sample.transpose, sample.flip_vertical, sample.flip_horizontal
         if hr_planes is not None:
             began, (top, left), size = time.perf_counter(), start, source.crop
@@ -107,6 +107,9 @@ class HostDegraded:
             lr = levels_of(read, workspace)
         else:
             degradation = source.degradations[sample.folder % len(source.degradations)]
+            if degradation.turns_first:
+                region, start = turned(region, *turns), sample.corner(source.crop, is_turned=True)
+                turns = 0, 0, 0
             lr = degradation.lr_on_host(
                 sample.degradation,
                 keys,
@@ -130,8 +133,11 @@ class HostDegraded:
 
 def turn(image: Pixels, is_transposed: int, vertical: int, horizontal: int, planes: Pixels) -> None:
     """Fill `planes` (3, side, side) with `image` (side, side, 3): flipped, then transposed."""
+    cv2.split(turned(image, is_transposed, vertical, horizontal), [*planes])
+
+
+def turned(image: Pixels, is_transposed: int, vertical: int, horizontal: int) -> Pixels:
+    """Return an image (height, width, 3): flipped, then transposed."""
     if vertical or horizontal:
         image = cv2.flip(image, _FLIP_CODES[vertical, horizontal])
-    if is_transposed:
-        image = cv2.transpose(image)
-    cv2.split(image, [*planes])
+    return cv2.transpose(image) if is_transposed else image

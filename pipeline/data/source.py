@@ -68,6 +68,17 @@ class Sample:
     skipped: tuple[Skip, ...]
     folder: int = 0  # position of its dataset folder
 
+    def corner(self, crop: int, *, is_turned: bool) -> tuple[int, int]:
+        """Return the row and column of the HR crop in the region, as read or as turned."""
+        top, left = self.top - self.region[0], self.left - self.region[1]
+        if not is_turned:
+            return top, left
+        if self.flip_vertical:
+            top = self.region[2] - crop - top
+        if self.flip_horizontal:
+            left = self.region[3] - crop - left
+        return (left, top) if self.transpose else (top, left)
+
     def as_dict(self) -> dict[str, Any]:
         """Return a dict that JSON can represent."""
         return asdict(self) | {"skipped": [skip._asdict() for skip in self.skipped]}
@@ -386,7 +397,10 @@ class CropSource:
             region_height,
             region_width,
         )
-        drawn = degradation.draw(randoms, region_height, region_width)
+        shape = region_height, region_width
+        if degradation.turns_first and draws.transpose[i]:
+            shape = shape[::-1]
+        drawn = degradation.draw(randoms, *shape)
         sigma = self.lr_noise.draw(randoms) if self.lr_noise else 0.0
         is_brightened, fraction = draws.brightness[i]
         low, high = self.spec.brightness.range

@@ -252,6 +252,21 @@ def test_lr_shows_what_hr_shows(tmp_path: Path) -> None:
     )
 
 
+def test_steps_keep_their_direction_in_turned_samples(tmp_path: Path) -> None:
+    """Scan lines are horizontal, however the photograph is flipped and transposed."""
+    np.save(tmp_path / "white.npy", np.full((60, 70, 3), 255, np.uint8))
+    steps = [{"resize": {"to": "lr"}}, {"scanlines": {"strength": 1, "period": 4}}]
+    crops = source(
+        [Folder(tmp_path, ["white.npy"], [])],
+        micro_batch=12,
+        degradation={"name": "chain", "steps": steps},
+    )
+    lr = batches(crops, 1)[1]
+    assert {sample.transpose for sample in crops.samples(0, 12)} == {0, 1}
+    assert np.ptp(lr, axis=3).max() == 0
+    assert np.ptp(lr, axis=2).min() > 150
+
+
 def test_each_folder_has_a_degradation_of_its_own(tmp_path: Path) -> None:
     """Photographs through a chain, real pairs, and a plain bicubic, mixed by weight."""
     folders = []

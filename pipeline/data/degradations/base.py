@@ -62,6 +62,9 @@ class Degradation:
     # Whether it has an `lr_on_host` that is faster on a CPU than the nodes.
     has_host_chain: ClassVar[bool] = False
     has_nodes: ClassVar[bool] = True  # whether it has the nodes of `lr`
+    # Whether the region is flipped and transposed before LR is made, and not LR afterwards. What is
+    # drawn is then for the region as it is transposed. Only without nodes.
+    turns_first: ClassVar[bool] = False
 
     def __init__(self, spec: Any, scale: int) -> None:
         self.spec, self.scale = spec, scale

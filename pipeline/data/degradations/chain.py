@@ -196,6 +196,7 @@ class Chain(Degradation):
     Spec = ChainSpec
     has_host_chain = True
     has_nodes = False
+    turns_first = True  # scan lines, fields and echoes have a direction
     spec: ChainSpec
 
     def __init__(self, spec: ChainSpec, scale: int) -> None:
