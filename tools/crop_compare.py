@@ -95,7 +95,7 @@ class Options:
     above."""
     border: int = 0
     """Pixels cut from every border for the PSNR-Y of whole images; the evaluation cuts as many
-    pixels as the scale."""
+    pixels as the scale, and none at x1."""
     font: Path | None = None
     """TrueType font for labels beyond ASCII."""
 
@@ -148,7 +148,7 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--columns {options.columns}: must be at least 1; omit it for one row")
     if options.border < 0:
         raise UserError(
-            f"--border {options.border}: must be at least 0; evaluate.py uses the scale (2, 3 or 4)"
+            f"--border {options.border}: must be at least 0; evaluate.py uses the scale, and 0 at x1"
         )
     replays = options.coords is not None and options.coords.expanduser().exists()
     ways = [

@@ -100,7 +100,8 @@ def main(options: Options) -> int:  # imports are local, so that --help does not
             f"{path}: {1 - alpha:g} of {options.a.name} + {alpha:g} of {options.b.name} "
             f"({a.name} x{a.scale}, {path.stat().st_size / 1e6:.2f} MB)"
         )
-    say(f"Measure it:  python evaluate.py --model {path} --hr FOLDER")
+    degraded = " --lr DEGRADED" if a.scale == 1 else ""
+    say(f"Measure it:  python evaluate.py --model {path} --hr FOLDER{degraded}")
     return 0
 
 

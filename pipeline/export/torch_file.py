@@ -181,7 +181,8 @@ def run_export(
             "note: the files name no licence; add yours with --license, such as --license CC-BY-4.0"
         )
     print("Verified: both files were read back bit-identical, and the network runs.")
-    say(f"Measure it:  python evaluate.py --model {file} --hr FOLDER")
+    degraded = " --lr DEGRADED" if exported.saved.scale == 1 else ""
+    say(f"Measure it:  python evaluate.py --model {file} --hr FOLDER{degraded}")
     say(
         "In Python:   from pipeline.models.weights import read_network\n"
         f"             network = read_network({str(file)!r}).build()"
