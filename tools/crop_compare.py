@@ -148,7 +148,7 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--columns {options.columns}: must be at least 1; omit it for one row")
     if options.border < 0:
         raise UserError(
-            f"--border {options.border}: must be at least 0; evaluate.py uses the scale, and 0 at x1"
+            f"--border {options.border}: must be at least 0; evaluate.py uses the scale, or 0 at x1"
         )
     replays = options.coords is not None and options.coords.expanduser().exists()
     ways = [
