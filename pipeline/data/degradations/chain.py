@@ -54,10 +54,7 @@ def _item(value: Any) -> Any:
         )
     name, section = str(next(iter(value))), next(iter(value.values()))
     if name not in (*STEPS, *GROUPS):
-        raise ValueError(
-            f"no step named {name!r}{nearest(name, (*STEPS, *GROUPS))}; there are "
-            f"{', '.join((*STEPS, *GROUPS))}"
-        )
+        raise ValueError(f"no step named {name!r}{nearest(name, (*STEPS, *GROUPS))}")
     return {name: {} if section is None and name in STEPS else section}
 
 

@@ -175,7 +175,7 @@ def test_draws_follow_shares_and_ranges() -> None:
         ({"kind": "floyd"}, "no kind named 'floyd'"),
         ({"colors": 512}, r"within 2\.\.256"),
         ({"levels": [1, 4]}, r"within 2\.\.256"),
-        ({"matrix": 3}, "no kind named '3'.*there are 2, 4, 8"),
+        ({"matrix": 3}, "no kind named '3'; choose from 2, 4, 8"),
     ],
 )
 def test_bad_sections_are_refused(section: dict[str, Any], words: str) -> None:

@@ -145,9 +145,9 @@ def test_draws_are_in_their_ranges() -> None:
 @pytest.mark.parametrize(
     ("spec", "section", "words"),
     [
-        (HaloSpec, {"kind": "white"}, "there are both, bright, dark"),
+        (HaloSpec, {"kind": "white"}, "no kind named 'white'; choose from both, bright, dark"),
         (HaloSpec, {"radius": 40}, "within 0.5..30"),
-        (RingingSpec, {"kind": "vertical"}, "there are horizontal, both"),
+        (RingingSpec, {"kind": "vertical"}, "no kind named 'vertical'"),
         (RingingSpec, {"cutoff": 4}, "within 0.1..3.1416"),
         (RingingSpec, {"lobes": 0}, "within 1..16"),
     ],

@@ -127,9 +127,7 @@ def shares_of(*names: str) -> Any:
     def check(shares: dict[str, float]) -> dict[str, float]:
         for name in shares:
             if name not in names:
-                raise ValueError(
-                    f"no kind named {name!r}{nearest(name, names)}; there are {', '.join(names)}"
-                )
+                raise ValueError(f"no kind named {name!r}{nearest(name, names)}")
         if not sum(shares.values()) > 0:
             raise ValueError(f"at least one of {', '.join(names)} needs a share above 0")
         return shares
