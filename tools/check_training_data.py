@@ -231,6 +231,7 @@ def _count(findings: Findings, check: FileCheck, bar: tqdm) -> None:
     """Count a result, and print it unless it is good."""
     if check.status is FileStatus.GOOD:
         findings.good += 1
+        findings.depths[check.depth] += 1
         if check.profile:
             findings.converted[check.profile] += 1
         if check.sha256:
@@ -292,6 +293,14 @@ def _summarize(survey: Survey, findings: Findings) -> None:
         print(f"reasons: {', '.join(f'{count} {gate}' for gate, count in sorted(counts.items()))}")
     if findings.converted:
         print(converted_note(findings.converted, "images", "training converts them to sRGB"))
+    if deep := findings.depths[16]:
+        plain = findings.depths[8]
+        print(
+            f"mixed depths: {deep} images have 16 bits per value and {plain} have 8; training "
+            "works in 16 bits and scales the others to them (data.depth=8: round all to 8)"
+            if plain
+            else f"all {deep} good images have 16 bits per value, and training works in 16"
+        )
     if survey.unread:
         print(unread_note(survey.unread))
     if survey.linked_folders:

@@ -63,13 +63,13 @@ class Options:
     image with the same name, except for the suffix, below OUT. Each new file is written, read back
     from disk, decoded, and compared with the pixels of its source (and those with the manifest's
     checksum) before it gets its name. Manifests, dataset.json, rejects.jsonl and the two file lists
-    are copied with the new names and sizes. Images that uint8 RGB cannot hold exactly (16 bits,
-    transparency, CMYK, colours other than sRGB, animations) are reported and skipped, never
-    reduced. SOURCE is not changed unless --remove-source is given. Run the same command again to
-    continue a run that was stopped or killed; existing files are compared again, and remade if
-    damaged. The tool that made the dataset can continue in OUT with the new --format, except in
-    JPEG 2000, which those tools do not write. Images of OUT whose source no longer exists are
-    listed and kept.
+    are copied with the new names and sizes. Images of 16 bits keep them (uint16 in .npy), but not
+    as webp, which holds 8. Images that RGB cannot hold exactly (transparency, CMYK, colours other
+    than sRGB, animations, 10 or 12 bits) are reported and skipped, never reduced. SOURCE is not
+    changed unless --remove-source is given. Run the same command again to continue a run that was
+    stopped or killed; existing files are compared again, and remade if damaged. The tool that made
+    the dataset can continue in OUT with the new --format, except in JPEG 2000, which those tools do
+    not write. Images of OUT whose source no longer exists are listed and kept.
 
     Example: python tools/convert_dataset.py ~/dataset ~/dataset_webp --to webp
     """
@@ -348,7 +348,7 @@ class Converter:
     ) -> None:
         """Convert from the folder `source`, with its manifests in `index`, to `out`.
 
-        `encode` turns uint8 RGB pixels into the content of a file of format `form`; `removes`
+        `encode` turns RGB pixels into the content of a file of format `form`; `removes`
         deletes sources once converted.
         """
         self._source, self._out, self._form, self._index, self._encode = (
@@ -406,7 +406,7 @@ class Converter:
         try:
             if not is_stored_as(target, self._form):
                 return False
-            held = decode_file(target, max_megapixels=self._max_megapixels)
+            held = decode_file(target, max_megapixels=self._max_megapixels, depth=None)
         except (BadImageError, BadNpyError):  # damaged since it was verified, so it is remade
             return False
         if (
@@ -426,7 +426,7 @@ class Converter:
 
     def _pixels(self, path: Path, record: CropRecord | None) -> np.ndarray:
         """Decode a source exactly, and check it against the checksum in its manifest."""
-        pixels = decode_file(path, max_megapixels=self._max_megapixels, exact=True)
+        pixels = decode_file(path, max_megapixels=self._max_megapixels, exact=True, depth=None)
         if record is not None and hashlib.sha256(pixels).hexdigest() != record.sha256:
             raise BadImageError(
                 "the pixels differ from those that the manifest recorded (bit rot, or the file "

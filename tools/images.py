@@ -1,4 +1,4 @@
-"""Lossless crop formats, and whether an image fits into uint8 RGB without loss."""
+"""Lossless crop formats, and whether an image fits into RGB of 8 or 16 bits without loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from PIL import Image
 
-from pipeline.data.image_files import BadNpyError, is_npy, npy_layout, npy_layout_of
+from pipeline.data.image_files import BadNpyError, is_npy, load_npy, npy_layout_of
 from pipeline.data.image_headers import (
     BadImageError,
     ImageHeader,
@@ -32,6 +33,7 @@ from pipeline.data.image_pixels import (
     decode_picture,
     decode_rgb,
     foreign_profile,
+    in_depth,
 )
 from pipeline.files import open_regular_file
 from pipeline.libraries import cv2
@@ -42,13 +44,18 @@ WEBP_MAX_SIDE = 16383
 
 
 def encode(pixels: np.ndarray, form: str) -> bytes:
-    """Encode uint8 RGB (height, width, 3) losslessly as a file of format `form` (one of `FORMATS`).
+    """Encode RGB (height, width, 3) losslessly as a file of format `form` (one of `FORMATS`).
 
-    Raises `BadImageError` if the format cannot hold the image.
+    The pixels are uint8 or uint16. Raises `BadImageError` if the format cannot hold the image.
     """
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+    if (
+        pixels.dtype not in (np.uint8, np.uint16)
+        or pixels.ndim != 3
+        or pixels.shape[2] != 3
+        or not pixels.size
+    ):
         raise ValueError(
-            f"pixels must be uint8 (height, width, 3), not {pixels.dtype} {pixels.shape}"
+            f"pixels must be uint8 or uint16 (height, width, 3), not {pixels.dtype} {pixels.shape}"
         )
     return _ENCODERS[form](np.ascontiguousarray(pixels))
 
@@ -82,12 +89,16 @@ def _encode_webp(pixels: np.ndarray) -> bytes:
             f"{pixels.shape[0]}x{pixels.shape[1]}: WebP allows at most {WEBP_MAX_SIDE} pixels per "
             "side"
         )
+    if pixels.dtype == np.uint16:
+        raise BadImageError("16 bits per channel; WebP holds 8")
     # Method 0 encodes 5 times faster than method 1; its files are 4 % larger but still smaller than
     # PNG.
     return _encode_with_pillow(pixels, "webp", lossless=True, method=0, quality=20)
 
 
 def _encode_jp2(pixels: np.ndarray) -> bytes:
+    if pixels.dtype == np.uint16:
+        return imagecodecs.jpeg2k_encode(pixels, level=0, codecformat="jp2", reversible=True)
     # The integer 5-3 wavelet is lossless; the reversible colour transform (mct) saves a third of
     # the size.
     return _encode_with_pillow(pixels, "jpeg2000", irreversible=False, mct=1, no_jp2=False)
@@ -131,16 +142,17 @@ def _begin_worker() -> None:
 
 
 def decode(data: bytes, form: str) -> np.ndarray:
-    """Decode the content of a file of format `form` back to uint8 RGB (height, width, 3).
+    """Decode the content of a file of format `form` back to RGB (height, width, 3).
 
-    Raises `BadImageError` if `data` is damaged, truncated or in another format.
+    The pixels are uint8, or uint16 if it holds more than 8 bits. Raises `BadImageError` if `data`
+    is damaged, truncated or in another format.
     """
     if form == "npy":
         return _decode_npy(data)
     header = read_header(data)
     if header.format != form:
         raise BadImageError(f"the content is {header.format}, not {form}")
-    return decode_rgb(data, header)
+    return decode_rgb(data, header, header.pixel_depth)
 
 
 def _decode_npy(data: bytes) -> np.ndarray:
@@ -148,26 +160,29 @@ def _decode_npy(data: bytes) -> np.ndarray:
         layout = npy_layout_of("", data)
     except BadNpyError as error:
         raise BadImageError(error.reason) from error
-    pixels = np.frombuffer(data, np.uint8, offset=layout.offset)
+    pixels = np.frombuffer(data, layout.dtype, offset=layout.offset)
     return pixels.reshape(layout.height, layout.width, 3).copy()
 
 
 def decode_file(
-    path: str | os.PathLike[str], *, max_megapixels: float = MAX_MEGAPIXELS, exact: bool = False
+    path: str | os.PathLike[str],
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    exact: bool = False,
+    depth: int | None = 8,
 ) -> np.ndarray:
-    """Decode any dataset image to uint8 RGB (height, width, 3): upright, transparency over white.
+    """Decode any dataset image to RGB (height, width, 3): upright, transparency over white.
 
-    With `exact`, images that uint8 RGB cannot hold are refused (see `inexactness`) instead of
-    converted. Raises `BadImageError` (or `BadNpyError`) with the reason, `OSError` if the file
-    cannot be opened or read.
+    The pixels have `depth` bits, 8 or 16; None keeps the file's own. With `exact`, images that RGB
+    cannot hold are refused (see `inexactness`) instead of converted. Raises `BadImageError` (or
+    `BadNpyError`) with the reason, `OSError` if the file cannot be opened or read.
     """
     path = Path(path)
     if is_npy(path):
         if not path.exists():
             raise FileNotFoundError(None, "No such file (a dangling link?)")
-        layout = npy_layout(path)
-        pixels = np.fromfile(path, np.uint8, offset=layout.offset)
-        return pixels.reshape(layout.height, layout.width, 3)
+        pixels = load_npy(path)
+        return pixels if depth is None else in_depth(pixels, depth)
     with open_regular_file(path) as file:
         header = read_header(file)
         check_megapixels(header, max_megapixels)
@@ -177,7 +192,7 @@ def decode_file(
     reason = inexactness(data, header) if exact else ""
     if reason:
         raise BadImageError(reason)
-    return decode_rgb(data, header)
+    return decode_rgb(data, header, depth or header.pixel_depth)
 
 
 def is_stored_as(path: Path, form: str) -> bool:
@@ -192,14 +207,15 @@ def is_stored_as(path: Path, form: str) -> bool:
 
 
 def inexactness(data: bytes, header: ImageHeader) -> str:
-    """Reason why uint8 RGB cannot hold an encoded image exactly; empty if it can.
+    """Reason why uint8 or uint16 RGB cannot hold an encoded image exactly; empty if it can.
 
-    Gray images, palettes and a fully opaque alpha channel fit. More than 8 bits, transparency,
-    CMYK, colour profiles other than sRGB, and further frames or pages do not. Other metadata is
-    ignored.
+    Gray images, palettes and a fully opaque alpha channel fit. Depths between 8 and 16 bits,
+    transparency, CMYK, colour profiles other than sRGB, and further frames or pages do not. Other
+    metadata is ignored.
     """
-    if header.depth > 8:
-        return f"{header.depth} bits per channel; uint8 pixels would lose the lower ones"
+    if header.depth > 8 and (header.pixel_depth, header.depth) != (16, 16):
+        change = "round" if header.pixel_depth == 8 else "scale"
+        return f"{header.depth} bits per channel; {header.pixel_depth}-bit pixels would {change} it"
     if foreign := foreign_profile(header):
         return f"colour profile {foreign}; conversion to sRGB would round the colours"
     if header.format == "png" and b"acTL" in data[: header.pixels_at]:
@@ -208,8 +224,8 @@ def inexactness(data: bytes, header: ImageHeader) -> str:
         greatest = header.tags[0][1]
         return (
             ""
-            if greatest in (1, 255)
-            else f"levels up to {greatest}; scaling them to 255 would change the values"
+            if greatest in (1, 255, 65535)
+            else f"levels up to {greatest}; scaling them would change the values"
         )
     if header.is_plain and header.format not in ("tiff", "webp"):
         return ""
@@ -221,7 +237,8 @@ def inexactness(data: bytes, header: ImageHeader) -> str:
     if frames > 1:
         return f"{frames} frames or pages; only the first would be kept"
     pixels = decode_picture(data, header).pixels
-    is_clear = pixels.shape[2] in (2, 4) and int(pixels[..., -1].min()) < 255
+    white = np.iinfo(pixels.dtype).max
+    is_clear = pixels.shape[2] in (2, 4) and int(pixels[..., -1].min()) < white
     return "transparency; it would be composited over white" if is_clear else ""
 
 

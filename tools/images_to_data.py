@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,7 +24,7 @@ from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
 from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
 from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
-from tools.crops.options import CropOptions, open_benchmark
+from tools.crops.options import CropOptions, open_benchmark, with_depth
 from tools.files import name_fault, walk
 from tools.parallel import thread_count
 
@@ -34,7 +34,7 @@ class Options(CropOptions):
     """Cut photographs into training crops of one size.
 
     PNG, JPEG, WebP, BMP, TIFF, JPEG 2000, AVIF, JPEG XL and PNM files below PHOTOS become
-    OUT/<photo>/x<scale>_<row>_<column>.npy: uint8 RGB, upright, sRGB, transparency over white.
+    OUT/<photo>/x<scale>_<row>_<column>.npy: RGB, upright, sRGB, transparency over white.
     Crops do not overlap; they are cut from the photo at full size, at 1/2, 1/4... as long as one
     fits. Lossy photos (JPEG, AVIF, lossy WebP, JPEG 2000 and JPEG XL) start at 1/2, which hides
     their artefacts. Flat crops, blurred or upscaled sizes, and near-duplicates of earlier photos
@@ -49,6 +49,9 @@ class Options(CropOptions):
     photograph."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Output folder of the crops, one per source of photographs, such as ~/dataset/DIV2K."""
+    depth: Literal[8, 16] = 8
+    """Bits per value of the crops. 16 keeps those of photographs that have more than 8: their crops
+    are uint16, or PNG of 16 bits. The others stay at 8."""
     max_megapixels: float = 300
     """Reject larger photos before decoding, because they could exhaust the memory."""
 
@@ -65,7 +68,7 @@ def main(options: Options) -> int:
             f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
             f"{MAX_MEGAPIXELS}"
         )
-    settings, threads = options.settings(), thread_count(options.threads)
+    settings, threads = with_depth(options.settings(), options.depth), thread_count(options.threads)
     refuse_nested(options.photos.expanduser(), out)
     prepare_decoders()
     cutter = PhotoCutter(

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +26,12 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, read_header, unread_note
-from pipeline.data.image_pixels import MAX_MEGAPIXELS, check_megapixels, prepare_decoders
+from pipeline.data.image_pixels import (
+    MAX_MEGAPIXELS,
+    check_megapixels,
+    prepare_decoders,
+    to_8_bits,
+)
 from pipeline.data.pair_matching import NamePair, match_pairs, outside, split_marked
 from tools.crops.cutting import (
     CropSettings,
@@ -47,7 +52,7 @@ from tools.crops.cutting import (
 from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.manifest import CropRecord
-from tools.crops.options import CropOptions, open_benchmark
+from tools.crops.options import CropOptions, open_benchmark, with_depth
 from tools.crops.pairs import correlation, has_swapped_colors, shift, tone_fault
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import name_fault, printable, walk
@@ -81,6 +86,9 @@ class Options(CropOptions):
     min_correlation: float = 0.9
     """Reject pairs whose LR and reduced HR thumbnails correlate less than this; -1 accepts all
     pairs, even shifted and colour-swapped ones."""
+    depth: Literal[8, 16] = 8
+    """Bits per value of the crops. 16 keeps those of photographs that have more than 8: their crops
+    are uint16, or PNG of 16 bits. The others stay at 8."""
     max_megapixels: float = 300
     """Reject larger photos before decoding, because they could exhaust the memory."""
     keep_lossy_size: tyro.conf.Suppress[bool] = True
@@ -98,7 +106,7 @@ def main(options: Options) -> int:
     pairs, unpaired = _find_pairs(hr, lr, options.scale)
     for folder in (hr, lr):
         refuse_nested(folder, out)
-    settings, threads = options.settings(), thread_count(options.threads)
+    settings, threads = with_depth(options.settings(), options.depth), thread_count(options.threads)
     prepare_decoders()
     cutter = PairCutter(hr, lr, out, settings, options, {pair.hr: pair for pair in pairs})
     clock = Clock()
@@ -227,19 +235,22 @@ class PairCutter:
                 return UnitResult(unit, rejects=[Reject("decode", f"{side!a}: {fault}")])
         unit = Unit(name, name, *(self.stamp(name) or (0, 0)))
         try:
-            hr_picture = _decode(self._hr / name, self._options.max_megapixels)
-            lr_picture = _decode(self._lr / self._pairs[name].lr, self._options.max_megapixels)
+            hr_picture, lr_picture = (
+                _decode(path, self._options.max_megapixels, self._settings.depth)
+                for path in (self._hr / name, self._lr / self._pairs[name].lr)
+            )
         except BadImageError as error:
             return UnitResult(unit, rejects=[Reject("decode", str(error))])
         except OSError as error:
             return UnitResult(
                 unit, rejects=[Reject("decode", f"could not be read: {error.strerror or error}")]
             )
-        reject = self._misfit(hr_picture.pixels, lr_picture.pixels)
+        hr_8_bits = to_8_bits(hr_picture.pixels)
+        reject = self._misfit(hr_8_bits, to_8_bits(lr_picture.pixels))
         if reject:
             return UnitResult(unit, rejects=[reject])
-        gates = {"source_sha256": hr_picture.sha256, **picture_gates(hr_picture.pixels)}
-        reject = self._refused(hr_picture.pixels, gates)
+        gates = {"source_sha256": hr_picture.sha256, **picture_gates(hr_8_bits)}
+        reject = self._refused(hr_8_bits, gates)
         if reject:
             return UnitResult(unit, rejects=[reject])
         make_folder(self._out, unit.folder)
@@ -303,7 +314,7 @@ class PairCutter:
             lr_window = np.ascontiguousarray(
                 lr[crop.top :, crop.left :][: size // scale, : size // scale]
             )
-            gates = crop_gates(hr_window)
+            gates = crop_gates(to_8_bits(hr_window))
             if is_flat(gates, self._settings.min_gradient):
                 result.rejects.append(flat_crop(gates, self._settings, 1, top, left))
                 continue
@@ -342,7 +353,7 @@ class PairCutter:
         )
 
 
-def _decode(path: Path, max_megapixels: float) -> SourcePicture:
+def _decode(path: Path, max_megapixels: float, depth: int) -> SourcePicture:
     """Decode one side of a pair.
 
     Raises `BadImageError` (with the file's name) or `OSError`.
@@ -351,7 +362,7 @@ def _decode(path: Path, max_megapixels: float) -> SourcePicture:
         try:
             header = read_header(file)
             check_megapixels(header, max_megapixels)
-            return read_picture(file, header)
+            return read_picture(file, header, depth)
         except BadImageError as error:
             raise BadImageError(f"{printable(path.name)}: {error}") from None
 

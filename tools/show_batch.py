@@ -31,6 +31,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import chain, host
 from pipeline.data.degradations.base import Degradation, Parameters
 from pipeline.data.image_files import TRAINING_LIST
+from pipeline.data.image_pixels import to_8_bits
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
 from pipeline.data.spec import DataSpec, num_threads
@@ -373,7 +374,9 @@ def make_pairs(
         with quiet_libraries(), progress(len(numbers), "sample") as bar:
             for place, *outputs in batches(source, 0, device_id=None, threads=threads, prefetch=1):
                 (sample,) = source.samples(numbers[place], 1)
-                hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
+                hr, lr = (
+                    to_8_bits(np.array(output.at(0)).transpose(1, 2, 0)) for output in outputs
+                )
                 region = regions.pop() if regions else None
                 pairs.append(DrawnPair(sample, names[sample.path], hr, lr, region))
                 bar.update()

@@ -21,7 +21,14 @@ from dataset_corpus import UNGATED, run_tool
 from pipeline.cli import UserError
 from pipeline.data.decoding import HostDecoder, decoding_fault
 from pipeline.data.image_headers import BadImageError, read_header
-from pipeline.data.image_pixels import DecodedImage, decode_rgb, foreign_profile, read_rgb, to_rgb
+from pipeline.data.image_pixels import (
+    DecodedImage,
+    decode_rgb,
+    foreign_profile,
+    read_rgb,
+    to_8_bits,
+    to_rgb,
+)
 from pipeline.evaluation.image_sets import find_folder
 from pipeline.inference.pictures import read_picture
 from pipeline.training.options import TrainOptions, make_plan
@@ -160,7 +167,7 @@ def convert_dataset(folder: Path, out: Path) -> FolderReading:
         for line in said.getvalue().splitlines()
         if line.startswith("not converted: ")
     ]
-    by_stem = {path.stem: np.load(path) for path in out.glob("*.npy")}
+    by_stem = {path.stem: to_8_bits(np.load(path)) for path in out.glob("*.npy")}
     return FolderReading(
         {name: by_stem[Path(name).stem] for name in CASES if Path(name).stem in by_stem},
         dict(lines),

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_corpus import bad_files, bad_npy_files, deep_png, encoded, exif, good_files, photograph
+from dataset_corpus import bad_files, bad_npy_files, encoded, exif, good_files, photograph
 from fabricate import shared
 from pipeline.data.image_files import BadNpyError
 from pipeline.data.image_headers import BadImageError, check_complete, read_header
@@ -99,7 +100,7 @@ def test_other_arrays_are_refused(tmp_path: Path) -> None:
     for wrong in (
         np.zeros((4, 4), np.uint8),
         np.zeros((4, 4, 4), np.uint8),
-        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((4, 4, 3), np.float32),
         np.zeros((0, 4, 3), np.uint8),
     ):
         with pytest.raises(ValueError, match="must be uint8"):
@@ -154,6 +155,25 @@ def frames(form: str, **options: object) -> bytes:
     return encoded(images[0], form, save_all=True, append_images=images[1:], **options)
 
 
+def encoded_jp2(pixels: np.ndarray, bits: int) -> bytes:
+    return imagecodecs.jpeg2k_encode(
+        pixels, level=0, codecformat="jp2", bitspersample=bits, reversible=True
+    )
+
+
+@pytest.mark.parametrize("form", ["npy", "png", "jp2"])
+def test_16_bits_are_stored_without_loss(form: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 65536, (40, 52, 3)).astype(np.uint16)
+    content = encode(pixels, form)
+    np.testing.assert_array_equal(decode(content, form), pixels)
+    path = tmp_path / f"a.{form}"
+    path.write_bytes(content)
+    np.testing.assert_array_equal(decode_file(path, exact=True, depth=None), pixels)
+    assert decode_file(path).dtype == np.uint8
+    with pytest.raises(BadImageError, match="WebP holds 8"):
+        encode(pixels, "webp")
+
+
 def with_alpha(alpha: int, form: str, mode: str = "RGBA", **options: object) -> bytes:
     pixels = np.dstack([photograph(40, 50), np.full((40, 50), 255, np.uint8)])
     pixels[5, 7, 3] = alpha
@@ -167,7 +187,7 @@ def palette() -> Image.Image:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (deep_png(photograph(40, 50).astype(np.uint16) * 257), "16 bits"),
+        (encoded_jp2(photograph(40, 50).astype(np.uint16) * 4, 10), "10 bits"),
         (with_alpha(254, "png"), "transparency"),
         (with_alpha(0, "png", "LA"), "transparency"),
         (with_alpha(254, "webp", lossless=True, exact=True), "transparency"),

@@ -23,6 +23,7 @@ from dataset_corpus import (
     UNGATED,
     assert_user_error,
     bad_files,
+    deep_png,
     encoded,
     good_files,
     photograph,
@@ -32,6 +33,7 @@ from dataset_corpus import (
     write_files,
 )
 from pipeline.data.image_files import npy_layout
+from pipeline.data.image_pixels import to_8_bits
 from tools.crops.grid import halved
 from tools.images import encode
 
@@ -84,7 +86,7 @@ def test_crops_are_the_photographs_pixels(photos, tmp_path):
     seen = {}
     for record in records(out):
         pixels = np.load(out / record["path"])
-        assert npy_layout(out / record["path"])[1:] == (48, 48)
+        assert npy_layout(out / record["path"])[1:] == (48, 48, 8)
         top, left = record["top"], record["left"]
         assert np.array_equal(
             pixels, pyramids[record["photo"]][record["scale"]][top : top + 48, left : left + 48]
@@ -409,3 +411,62 @@ def test_the_tools_need_no_torch(photos, tmp_path):
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
         assert result.returncode == 0, result.stderr
+
+
+def deep_photograph(height: int, width: int) -> np.ndarray:
+    low = np.random.default_rng(7).integers(0, 256, (height, width, 3))
+    return (photograph(height, width, 5).astype(np.uint16) * 256 + low).astype(np.uint16)
+
+
+def test_depth_16_keeps_what_the_photographs_have(tmp_path):
+    """From photographs to crops, through the checker, to PNG and back, bit for bit."""
+    deep, plain = deep_photograph(150, 210), photograph(150, 210, 6)
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    write_files(photos, {"deep.png": deep_png(deep), "plain.png": encoded(plain, "png")})
+    arguments = (photos, out, "--size", 64, "--depth", 16)
+    result = cut(*arguments)
+    assert result.returncode == 0, result.stderr
+    pyramids = {"deep.png": {1: deep, 2: halved(deep)}, "plain.png": {1: plain, 2: halved(plain)}}
+    found = {}
+    for record in records(out):
+        whole = pyramids[record["photo"]][record["scale"]]
+        top, left = record["top"], record["left"]
+        found[record["path"]] = np.load(out / record["path"])
+        assert found[record["path"]].dtype == whole.dtype
+        np.testing.assert_array_equal(
+            found[record["path"]], whole[top : top + 64, left : left + 64]
+        )
+    assert {pixels.dtype for pixels in found.values()} == {np.dtype("u1"), np.dtype("<u2")}
+    before = stamped_tree(out)
+    assert cut(*arguments).returncode == 0
+    assert stamped_tree(out) == before
+    assert_user_error(cut(photos, out, "--size", 64), "started with depth = 16, now depth = 8")
+    assert_user_error(cut(*arguments, "--format", "webp"), "--depth 16: WebP holds 8 bits")
+
+    result = run_tool("check_training_data", "--data-dir", out, "--min-size", 64, *UNGATED)
+    assert result.returncode == 0, result.stdout
+    deep_count = sum(pixels.dtype == np.uint16 for pixels in found.values())
+    assert (
+        f"mixed depths: {deep_count} images have 16 bits per value and "
+        f"{len(found) - deep_count} have 8; " in result.stdout
+    )
+    for source, target, form in ((out, "png", "png"), (tmp_path / "png", "npy", "npy")):
+        result = run_tool("convert_dataset", source, tmp_path / target, "--to", form)
+        assert result.returncode == 0, result.stdout
+    for path, pixels in found.items():
+        np.testing.assert_array_equal(np.load(tmp_path / "npy" / path), pixels)
+    result = run_tool(
+        "check_training_data", "--data-dir", tmp_path / "png", "--min-size", 64, *UNGATED
+    )
+    assert result.returncode == 0, result.stdout  # the manifest's hashes are those of uint16 pixels
+
+
+def test_without_depth_crops_have_8_bits(tmp_path):
+    deep = deep_photograph(80, 90)
+    write_files(tmp_path / "photos", {"deep.png": deep_png(deep)})
+    assert cut(tmp_path / "photos", tmp_path / "out", "--size", 64).returncode == 0
+    (record,) = records(tmp_path / "out")
+    crop = np.load(tmp_path / "out" / record["path"])
+    top, left = record["top"], record["left"]
+    np.testing.assert_array_equal(crop, to_8_bits(deep)[top : top + 64, left : left + 64])
+    assert "depth" not in json.loads((tmp_path / "out/dataset.json").read_text())

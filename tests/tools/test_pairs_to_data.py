@@ -13,6 +13,7 @@ import pytest
 from dataset_corpus import (
     UNGATED,
     assert_user_error,
+    deep_png,
     encoded,
     photograph,
     run_tool,
@@ -565,3 +566,21 @@ def test_bad_usage(folders, tmp_path):
     write_files(tmp_path / "others", {"unlike.png": encoded(photograph(50, 50), "png")})
     assert_user_error(cut((folders[0], tmp_path / "others"), out), "no HR file has an LR file")
     assert not out.exists()
+
+
+def test_depth_16_keeps_both_sides(tmp_path):
+    low = np.random.default_rng(7).integers(0, 256, (120, 140, 3))
+    hr = (photograph(120, 140, 5).astype(np.uint16) * 256 + low).astype(np.uint16)
+    lr = cv2.resize(hr, (35, 30), interpolation=cv2.INTER_AREA)
+    for side, pixels in (("hr", hr), ("lr", lr)):
+        write_files(tmp_path / side, {"a.png": deep_png(pixels)})
+    out = tmp_path / "out"
+    result = cut((tmp_path / "hr", tmp_path / "lr"), out, "--depth", 16)
+    assert result.returncode == 0, result.stderr
+    for record in records(out):
+        whole = lr if record.get("role") == "lr" else hr
+        side, top, left = record["size"], record["top"], record["left"]
+        np.testing.assert_array_equal(
+            np.load(out / record["path"]), whole[top : top + side, left : left + side]
+        )
+    assert len(records(out)) >= 2

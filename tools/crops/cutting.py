@@ -20,7 +20,13 @@ import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.image_headers import ImageHeader, check_file_size, read_header
-from pipeline.data.image_pixels import check_megapixels, decode_rgb, decoder_name, foreign_profile
+from pipeline.data.image_pixels import (
+    check_megapixels,
+    decode_rgb,
+    decoder_name,
+    foreign_profile,
+    to_8_bits,
+)
 from pipeline.files import parse_json
 from tools.crops.grid import Crop, cover_grid, crop_grid, pyramid
 from tools.crops.leakage import BenchmarkIndex
@@ -69,6 +75,7 @@ class CropSettings:
     min_sharpness: float
     max_hash_distance: int | None  # None: duplicates are kept
     against: tuple[str, ...]  # folders of benchmark images
+    depth: int = 8  # 16: crops of deeper pictures are uint16; the others stay uint8
 
 
 class Unit(NamedTuple):
@@ -82,7 +89,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class SourcePicture:
-    """A decoded picture to cut: uint8 RGB (height, width, 3), upright."""
+    """A decoded picture to cut: uint8 or uint16 RGB (height, width, 3), upright."""
 
     pixels: np.ndarray
     is_lossy: bool
@@ -129,19 +136,20 @@ def open_picture(
     first = first_reduction(header.is_lossy, settings)
     if min(header.height, header.width) // first < settings.size:
         return too_small(header.height, header.width, first, settings.size)
-    return read_picture(file, header)
+    return read_picture(file, header, settings.depth)
 
 
-def read_picture(file: BinaryIO, header: ImageHeader) -> SourcePicture:
+def read_picture(file: BinaryIO, header: ImageHeader, depth: int = 8) -> SourcePicture:
     """Decode the photograph in `file`, whose header was already read and accepted.
 
-    Raises as `open_picture` does.
+    With a `depth` of 16, a photograph of more than 8 bits is decoded to uint16. Raises as
+    `open_picture` does.
     """
     check_file_size(header, file.seek(0, os.SEEK_END))
     file.seek(0)
     data = file.read()
     return SourcePicture(
-        decode_rgb(data, header),
+        decode_rgb(data, header, min(depth, header.pixel_depth)),
         header.is_lossy,
         decoder_name(header),
         hashlib.sha256(data).hexdigest(),
@@ -229,7 +237,7 @@ class _Cutter:
             self._picture.pixels, settings.size, first, settings.num_scales
         ):
             if not is_sharp:
-                gates = picture_gates(reduced)
+                gates = picture_gates(to_8_bits(reduced))
                 is_sharp = not is_soft(gates, settings.min_sharpness)
                 if not is_sharp:
                     self.result.rejects.append(
@@ -247,7 +255,7 @@ class _Cutter:
                 crop.top : crop.top + settings.size, crop.left : crop.left + settings.size
             ]
             window = np.ascontiguousarray(window)
-            gates = crop_gates(window)
+            gates = crop_gates(to_8_bits(window))
             if is_flat(gates, settings.min_gradient):
                 self.result.rejects.append(flat_crop(gates, settings, scale, crop.top, crop.left))
                 continue
@@ -363,7 +371,7 @@ def soft_picture(gates: Mapping[str, float | str], settings: CropSettings, what:
 
 def find_leak(pixels: np.ndarray, benchmark: BenchmarkIndex | None) -> Reject | None:
     """Reject a picture or crop that also occurs in a benchmark; `None` if it does not."""
-    name = benchmark.find(pixels) if benchmark else None
+    name = benchmark.find(to_8_bits(pixels)) if benchmark else None
     return (
         Reject("leak", f"near-identical to the benchmark image {printable(name)} (--against)")
         if name

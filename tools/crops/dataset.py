@@ -71,6 +71,8 @@ def open_dataset(
     """
     recorded = {"layout_version": LAYOUT_VERSION, "tool": tool, **asdict(settings), **more}
     recorded["against"] = list(settings.against)
+    if settings.depth == 8:
+        del recorded["depth"]
     recorded["against_files"] = benchmark_fingerprint(settings.against)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,9 @@ def _check_settings(file: IO[str], out: Path, settings: dict[str, object]) -> No
             f"{out / SETTINGS}: not the settings of a dataset; restore it, or choose another OUT"
         )
     for name in sorted({*recorded, *settings}):
-        old, new = recorded.get(name), settings.get(name)
+        # Written only where it is not 8, which is what it was before there was a choice.
+        missing = 8 if name == "depth" else None
+        old, new = recorded.get(name, missing), settings.get(name, missing)
         if old != new:
             is_place = name in ("photos", "videos", "lr", "against")
             moved = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +105,13 @@ class CropOptions(GateOptions):
             self.max_hash_distance(),
             self.benchmark_folders(),
         )
+
+
+def with_depth(settings: CropSettings, depth: int) -> CropSettings:
+    """Return the settings with crops of `depth` bits; raises `UserError` if none can hold them."""
+    if depth == 16 and settings.format == "webp":
+        raise UserError("--depth 16: WebP holds 8 bits; give --format npy or png")
+    return replace(settings, depth=depth)
 
 
 def open_benchmark(folders: tuple[str, ...]) -> BenchmarkIndex | None:

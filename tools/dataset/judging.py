@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipeline.data.decoding import HostDecoder
-from pipeline.data.image_files import BadFileError, BadNpyError, is_npy, npy_layout
+from pipeline.data.image_files import BadFileError, BadNpyError, is_npy, load_npy, npy_layout
 from pipeline.data.image_headers import (
     BadImageError,
     ImageHeader,
@@ -33,6 +33,7 @@ from pipeline.data.image_pixels import (
     decode_rgb,
     foreign_profile,
     has_fast_decoder,
+    to_8_bits,
 )
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.leakage import BenchmarkIndex
@@ -67,6 +68,7 @@ class FileCheck:
     perceptual_hash: str = ""  # of a good file, in hexadecimal, if known
     sha256: str = ""  # of the pixels, if a manifest lists the file
     profile: str = ""  # colour profile of a good file, if training converts it to sRGB
+    depth: int = 8  # bits per value of a good file, 8 or 16
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class FileChecker:
         try:
             profile = ""
             if is_npy(name):
-                size, pixels = self._check_npy(path, record)
+                size, pixels, depth = self._check_npy(path, record)
             else:
-                size, pixels, profile = self._check_encoded(path, record)
+                size, pixels, depth, profile = self._check_encoded(path, record)
             gates = self._gates(record, pixels)
             self._check_gates(gates)
             self._check_leak(pixels, record)
@@ -126,10 +128,16 @@ class FileChecker:
             perceptual_hash=str(gates.get("hash", "")),
             sha256=record.sha256 if record else "",
             profile=profile,
+            depth=depth,
         )
 
-    def _check_npy(self, path: Path, record: CropRecord | None) -> tuple[int, np.ndarray | None]:
-        """Return (bytes read, pixels), or `None` for the pixels if only the header was read."""
+    def _check_npy(
+        self, path: Path, record: CropRecord | None
+    ) -> tuple[int, np.ndarray | None, int]:
+        """Return (bytes read, pixels in 8 bits, depth).
+
+        The pixels are `None` if only the header was read.
+        """
         if not path.exists():
             raise FileNotFoundError(None, "No such file (a dangling link?)")
         layout = npy_layout(path)
@@ -138,22 +146,21 @@ class FileChecker:
             ImageHeader("npy", layout.height, layout.width), self._rules.max_megapixels
         )
         if not self._rules.decode:
-            return layout.offset, None
+            return layout.offset, None, layout.depth
         with open(path, "rb") as file:
             file.seek(layout.offset)
             data = file.read()
         if record:
             _check_pixels(record, data)
-        return layout.offset + len(data), np.frombuffer(data, np.uint8).reshape(
-            layout.height, layout.width, 3
-        )
+        pixels = np.frombuffer(data, layout.dtype).reshape(layout.height, layout.width, 3)
+        return layout.offset + len(data), to_8_bits(pixels), layout.depth
 
     def _check_encoded(
         self, path: Path, record: CropRecord | None
-    ) -> tuple[int, np.ndarray | None, str]:
-        """Return (bytes read, pixels, converted colour profile).
+    ) -> tuple[int, np.ndarray | None, int, str]:
+        """Return (bytes read, pixels, depth, converted colour profile).
 
-        The pixels are `None` if they need not be decoded.
+        The pixels have 8 bits; they are `None` if they need not be decoded.
         """
         with open(path, "rb") as file:
             header = read_header(file)
@@ -165,7 +172,7 @@ class FileChecker:
                 data = self._read_into_buffer(file)
                 try:
                     check_complete(data, header)
-                    return len(data), None, foreign_profile(header)
+                    return len(data), None, header.pixel_depth, foreign_profile(header)
                 except NoEndError:  # only decoding shows whether pixels are missing
                     data = bytes(data)
             else:
@@ -173,7 +180,8 @@ class FileChecker:
         pixels = self._decode(data, header)
         if record and self._rules.decode:
             _check_pixels(record, pixels)
-        return len(data), pixels if self._rules.decode else None, foreign_profile(header)
+        decoded = to_8_bits(pixels) if self._rules.decode else None
+        return len(data), decoded, header.pixel_depth, foreign_profile(header)
 
     def _read_into_buffer(self, file: BinaryIO) -> memoryview:
         """Read a whole file into a buffer that the thread's next call reuses.
@@ -190,12 +198,13 @@ class FileChecker:
         return view[:length]
 
     def _decode(self, data: bytes, header: ImageHeader) -> np.ndarray:
-        """Decode the pixels as training does.
+        """Decode the pixels as training does, in the depth of the file.
 
         Raises `BadImageError` also for damage that only `decode_rgb` detects.
         """
         if not header.is_for_dali or has_fast_decoder(header):
-            return decode_rgb(data, header)  # the same pixels that DALI decodes or receives
+            # The same pixels that DALI decodes or receives.
+            return decode_rgb(data, header, header.pixel_depth)
         # DALI accepts damaged files that the tools which cut crops reject.
         if header.format == "jpeg":
             decode_rgb(data, header)
@@ -281,9 +290,7 @@ class FileChecker:
         path = self._root / name
         try:
             if is_npy(name):
-                layout = npy_layout(path)
-                values = np.fromfile(path, np.uint8, offset=layout.offset)
-                return values.reshape(layout.height, layout.width, 3)
+                return to_8_bits(load_npy(path))
             with open(path, "rb") as file:
                 header = read_header(file)
                 check_megapixels(header, self._rules.max_megapixels)
@@ -462,6 +469,7 @@ class Findings:
     unreadable: list[str] = field(default_factory=list)
     # Good files by colour profile, if not sRGB.
     converted: Counter[str] = field(default_factory=Counter)
+    depths: Counter[int] = field(default_factory=Counter)  # of good files: bits -> files
     # Hash of the good files that a manifest lists.
     recorded: DatasetHash = field(default_factory=DatasetHash)
 
