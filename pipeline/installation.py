@@ -49,6 +49,7 @@ DATA_COMMANDS = {
     "check": Command("tools/check_training_data.py", "check every file of a dataset"),
     "select": Command("tools/select_training_files.py", "write training and validation lists"),
     "report": Command("tools/dataset_report.py", "write an HTML report on a dataset"),
+    "degrade": Command("tools/degrade.py", "make LR images from images and videos"),
     "show-batch": Command("tools/show_batch.py", "draw the samples of a training step"),
     "list": Command("tools/list_data_folders.py", "list the folders of a dataset with their sizes"),
     "analyze": Command("tools/analyze_images.py", "measure means, spread, clipping and brightness"),

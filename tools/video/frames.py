@@ -85,6 +85,16 @@ def sample_frames(
         tally.dropped += chooser.dropped
 
 
+def all_frames(path: Path, info: VideoInfo, tally: FrameCounts) -> Iterator[Frame]:
+    """Yield every good frame of a video; damage is counted in `tally`.
+
+    Raises `BadVideoError` or `OSError` if the file cannot be read.
+    """
+    converter = _Converter(info)
+    for index, frame in enumerate(segment_frames(path, info, Segment(0, None, None), tally)):
+        yield converter(frame, index)
+
+
 class _Converter:
     """Converts decoded frames to RGB."""
 
