@@ -13,6 +13,19 @@ from pipeline.data.degradations.host import Workspace
 from pipeline.data.degradations.steps import STEPS
 from pipeline.data.degradations.steps.base import NUMBERS, Canvas, Draws
 
+# Where a workspace has the results of other steps.
+RESULTS = [
+    "bytes",
+    "decoded",
+    "detail",
+    "filtered",
+    "levels",
+    "luma",
+    "matlab",
+    "median",
+    "resized",
+    "sharpened",
+]
 CANVAS = Canvas(size=(96, 120), hr=(96, 120), scale=4)
 
 
@@ -93,6 +106,13 @@ def check_kind(name: str, drawn: Mapping[str, Any]) -> None:
     for _ in range(3):
         chained, apart = apply(chained, dict(drawn), workspace), applied(name, apart, drawn)
         assert chained.tobytes() == apart.tobytes()
+    for buffer in RESULTS:
+        for image in (unclipped(4, 34, 27), photograph(4, 34, 27)):
+            workspace = Workspace()
+            kept = workspace.array(buffer, image.shape, image.dtype)
+            kept[...] = image
+            expected = applied(name, image, drawn)
+            assert apply(kept, dict(drawn), workspace).tobytes() == expected.tobytes()
 
     def everything(_: int) -> list[bytes]:
         workspace, results = Workspace(), []

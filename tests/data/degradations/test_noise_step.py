@@ -128,7 +128,7 @@ def test_grain_is_smoothed_noise_that_fades_in_black_and_white() -> None:
     for image in (GRAY_LEVEL, photograph(3, HEIGHT, WIDTH), unclipped(3, HEIGHT, WIDTH)):
         luma = (image @ np.array([0.299, 0.587, 0.114]) / 255).clip(0, 1)
         expected = image + 11 * 2 * np.sqrt(luma * (1 - luma))[..., None] * z
-        np.testing.assert_allclose(applied("noise", image, drawn("grain")), expected, atol=0.2)
+        np.testing.assert_allclose(applied("noise", image, drawn("grain")), expected, atol=1e-2)
 
 
 def test_luma_and_chroma_have_strengths_of_their_own() -> None:

@@ -168,11 +168,13 @@ def _grain(
     from pipeline.data.degradations import host, kernels, noise
 
     radius = math.ceil(3 * sigma)
-    kernel = host.trimmed(kernels.gaussian_kernel(2 * radius + 1, sigma, sigma, 0))
+    taps = kernels.gaussian_kernel(2 * radius + 1, sigma, sigma, 0).sum(0)
     # The borders that the filter would mirror lie outside the image.
     keys = noise.noise_keys(words, height + 2 * radius, width + 2 * radius, channels)
-    wide = host.filtered(host.standard_normal(keys, workspace), kernel, workspace)
-    return wide[radius : radius + height, radius : radius + width] / np.sqrt((kernel**2).sum())
+    z = host.standard_normal(keys, workspace)
+    # Not `host.filtered`, whose buffer may have the image.
+    wide = cv2.sepFilter2D(z, cv2.CV_32F, taps, taps)
+    return wide[radius : radius + height, radius : radius + width] / (taps**2).sum()
 
 
 def perlin(
