@@ -108,7 +108,7 @@ def _turns(plane: Plane, axis: int) -> tuple[float, float]:
     """Return the log ratio of even to odd differences along an axis, and its standard errors."""
     differences = np.abs(np.diff(plane, axis=axis))
     # One strong edge is no rhythm.
-    differences = np.minimum(differences, np.quantile(differences[::2, ::2], 0.99) + 1e-6)
+    differences = np.minimum(differences, np.quantile(differences[::7, ::7], 0.99) + 1e-6)
     levels = differences.mean(axis=1 - axis, dtype=np.float64)
     pairs = np.log(levels[: len(levels) // 2 * 2].reshape(-1, 2) + 0.01)
     ratios = pairs[:, 0] - pairs[:, 1]

@@ -20,7 +20,10 @@ _MIN_PATCHES = 4 * _SIDE**2
 _FREQUENCY = np.add.outer(np.arange(8), np.arange(8)).ravel()
 _LOW = np.flatnonzero((_FREQUENCY >= 1) & (_FREQUENCY <= 2))  # where texture shows most
 _MIDDLE = np.flatnonzero((_FREQUENCY >= 4) & (_FREQUENCY <= 8))
-_FLATTEST = (0.03, 0.1)  # shares of the blocks
+# Shares of the blocks, the flattest by low frequencies. Noise is the same in both; what is left of
+# texture grows with the share.
+_FLATTEST = (0.03, 0.2)
+_MAX_GROWTH = 1.5
 _MIN_BLOCKS, _MAX_BLOCKS = 30, 400
 _SIGMAS = np.geomspace(0.25, 64, 100)
 # In the smallest of the middle steps: smaller noise is rounded to zero nearly everywhere, and what
@@ -78,9 +81,10 @@ def _least_variance(patches: NDArray[np.float32]) -> float:
 def noise_below_jpeg(blocks: NDArray[np.float32], steps: NDArray[np.int64]) -> tuple[float, float]:
     """Return the standard deviation of white luma noise that was there before a JPEG compression.
 
-    Also returns the smallest noise that would have been visible; below it, the first is 0. Blocks
-    without texture are found by their low frequencies, and the noise by its likelihood of making
-    the multiples of the steps that the middle frequencies have. `blocks` are the DCT of the luma
+    Also returns the smallest noise that would have been visible; below it, or where it cannot be
+    told from texture, the first is 0. Blocks without texture are found by their low frequencies,
+    and the noise by its likelihood of making the multiples of the steps that the middle
+    frequencies have. `blocks` are the DCT of the luma
     on the JPEG's own grid, (rows, columns, 8, 8); `steps` its quantisation steps, (8, 8).
     """
     levels, step = blocks.reshape(-1, 64), steps.ravel().astype(np.float64)
@@ -101,5 +105,5 @@ def noise_below_jpeg(blocks: NDArray[np.float32], steps: NDArray[np.int64]) -> t
             for sigma in _SIGMAS
         ]
         found.append(float(_SIGMAS[int(np.argmax(likelihoods))]))
-    sigma = min(found)
-    return (sigma if sigma >= visible else 0.0), visible
+    is_noise = visible <= found[0] and found[1] < _MAX_GROWTH * found[0]
+    return (found[0] if is_noise else 0.0), visible

@@ -156,7 +156,7 @@ def _repetition(luma: Plane, noise: float) -> float:
     factors = []
     for axis in (1, 0):
         squares = np.diff(luma, axis=axis) ** 2
-        squares = np.minimum(squares, np.quantile(squares[::4, ::4], 0.98) + 1e-6)
+        squares = np.minimum(squares, np.quantile(squares[::7, ::7], 0.98) + 1e-6)
         steps = squares.mean(axis=1 - axis, dtype=np.float64) - 2 * noise**2
         doubt = 8 * noise**2 / np.sqrt(luma.shape[1 - axis])
         is_step = steps > max(_REPEATED * np.quantile(steps, 0.9), doubt)
@@ -191,7 +191,7 @@ def _power(luma: Plane, order: int, axis: int, grid: tuple[int, int] | None) -> 
     """Return the power spectrum of the log of the mean |difference| along an axis."""
     differences = np.abs(np.diff(luma, n=order, axis=axis))
     # One strong edge is no rhythm.
-    differences = np.minimum(differences, np.quantile(differences[::4, ::4], 0.95) + 1e-6)
+    differences = np.minimum(differences, np.quantile(differences[::7, ::7], 0.95) + 1e-6)
     levels = np.log(differences.mean(axis=1 - axis, dtype=np.float64) + _LEAST)
     trend = np.convolve(
         np.pad(levels, _TREND // 2, mode="reflect"), np.ones(_TREND) / _TREND, "valid"
