@@ -18,6 +18,7 @@ from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint_index import describe, write_index
 from pipeline.distributed.ranks import Ranks
 from pipeline.models import build_generator
+from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.ema import ExponentialMovingAverage
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
@@ -64,6 +65,22 @@ def tiny_saved(seed: int = 0, **params) -> SavedNetwork:
     network = tiny_network(seed, **params)
     params = {**TINY, **params}
     return SavedNetwork("vapsr", params.pop("scale", 2), params, network.state_dict())
+
+
+def identity_network(scale: int = 1) -> SRVGGNetCompact:
+    """Return a network whose output is its input, enlarged by repeating pixels."""
+    network = SRVGGNetCompact(scale=scale, num_features=4, num_conv=1)
+    with torch.no_grad():
+        network.body[-1].weight.zero_()
+        network.body[-1].bias.zero_()
+    return network.eval()
+
+
+def ramp() -> np.ndarray:
+    """Return all 1,024 levels of 10 bits, scaled to 16, in each channel: uint16 (64, 64, 3)."""
+    levels = np.arange(1024).reshape(32, 32).repeat(2, 0).repeat(2, 1)
+    deep = (levels * 65535 + 511) // 1023
+    return np.stack([deep, deep[::-1], deep.T], axis=2).astype(np.uint16)
 
 
 def write_cubic(path: Path) -> Path:

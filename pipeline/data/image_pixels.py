@@ -116,6 +116,12 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return read_header(file).size
 
 
+def read_depth(path: str | os.PathLike[str]) -> int:
+    """Read the bits per value, 8 or 16, of an image's pixels; raises the errors of `read_rgb`."""
+    with naming(path), open_regular_file(path) as file:
+        return read_header(file).pixel_depth
+
+
 def read_profile(path: str | os.PathLike[str]) -> str:
     """Return `foreign_profile` of an image file; "" if it cannot be read."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.data.image_headers import IMAGE_SUFFIXES, suffix_of, unread_note
-from pipeline.data.image_pixels import read_profile, read_rgb, read_size
+from pipeline.data.image_pixels import read_depth, read_profile, read_rgb, read_size
 from pipeline.data.pair_matching import match_pairs
-from pipeline.images import crop_to_multiple, cubic_resize, to_bytes, to_tensor, unit_range
+from pipeline.images import crop_to_multiple, cubic_resize, to_pixels, to_tensor, unit_range
 
 COMMON_MULTIPLE = 12
 """HR images are often cropped to multiples of 12, which suit x2, x3 and x4."""
@@ -34,19 +35,29 @@ class ImagePair:
     lr: Path | None
     """`None`: made from the HR image."""
 
-    def load(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Read HR and LR as uint8 RGB 1 x 3 x H x W, the HR cropped to a multiple of `scale`.
+    @property
+    def depth(self) -> int:
+        """Bits per value in which the pair is measured: 16 if a file has more than 8, else 8.
 
-        The HR image loses pixels at the bottom and the right. A missing LR image is made by
-        MATLAB's bicubic downscaling, rounded to uint8. An existing one may have been made from an
-        HR image cropped to another multiple (`GTmod12` serves x2, x3 and x4); HR is then cropped
-        in the same way. It may also have been made from the whole HR image; its last row or column
-        then covers less than `scale` HR pixels.
+        Raises the errors of `load`.
+        """
+        return max(read_depth(path) for path in (self.hr, self.lr) if path is not None)
+
+    def load(self, scale: int) -> tuple[Tensor, Tensor]:
+        """Read HR and LR as RGB 1 x 3 x H x W, the HR cropped to a multiple of `scale`.
+
+        They are uint8, or uint16 if the pair's `depth` is 16. The HR image loses pixels at the
+        bottom and the right. A missing LR image is made by MATLAB's bicubic downscaling, rounded to
+        that type. An existing one may have been made from an HR image cropped to another multiple
+        (`GTmod12` serves x2, x3 and x4); HR is then cropped in the same way. It may also have been
+        made from the whole HR image; its last row or column then covers less than `scale` HR
+        pixels.
 
         Raises:
             UserError: an image cannot be read, is too small, or does not fit its partner's size.
         """
-        whole = to_tensor(read_rgb(self.hr))
+        depth = self.depth
+        whole = to_tensor(read_rgb(self.hr, depth))
         hr = crop_to_multiple(whole, scale)
         height, width = hr.shape[-2:]
         if self.lr is None:
@@ -55,10 +66,9 @@ class ImagePair:
                     f"HR image {str(self.hr)!r} is smaller than one LR pixel at scale {scale}; "
                     "remove it"
                 )
-            return hr, to_bytes(
-                cubic_resize(unit_range(hr, torch.float32), (height // scale, width // scale))
-            )
-        lr = to_tensor(read_rgb(self.lr))
+            size = height // scale, width // scale
+            return hr, to_pixels(cubic_resize(unit_range(hr, torch.float32), size), depth)
+        lr = to_tensor(read_rgb(self.lr, depth))
         if not all(
             _fits(large, small, scale)
             for large, small in zip(whole.shape[-2:], lr.shape[-2:], strict=True)
@@ -370,6 +380,15 @@ def _note(preset: Preset | None, pairs: list[ImagePair], hr: Path) -> str:
         notes.append(
             f"images with a colour profile other than sRGB: {len(profiles)} (such as "
             f"{path.name!r}: {profile}); they are converted to sRGB"
+        )
+    deep = []
+    for pair in pairs:
+        with suppress(UserError):  # reported when it is measured
+            deep += [pair.hr] if pair.depth == 16 else []
+    if deep:
+        notes.append(
+            f"images of 16 bits: {len(deep)} of {len(pairs)} (such as {deep[0].name!r}); they are "
+            "upscaled and measured in 16 bits, with Y rounded to uint16"
         )
     if unread := unread_note(sorted(path.name for path in hr.iterdir())):
         notes.append(unread)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.evaluation.image_sets import ImagePair
-from pipeline.images import border_of, cubic_resize, to_bytes, unit_range
+from pipeline.images import as_bytes, border_of, cubic_resize, depth_of, to_pixels, unit_range
 from pipeline.inference.devices import CPU, Device
 from pipeline.inference.tiles import Upscaler
 from pipeline.inference.torch_backend import SelfEnsemble, TorchBackend
 from pipeline.metrics import Measure, measure
-from pipeline.metrics.psnr_ssim import mean_of
+from pipeline.metrics.psnr_ssim import levels, mean_of
 
 WHOLE_IMAGE_PIXELS = 1024 * 1024
 """LR pixels upscaled in one piece; larger images are tiled. VapSR then peaks at about 1.5 GB."""
@@ -48,7 +48,10 @@ class ImageScores:
 
 @dataclass(frozen=True)
 class Views:
-    """One image as measured: uint8 RGB 1 x 3 x H x W on the CPU, all of the same size."""
+    """One image as measured, for pictures: RGB 1 x 3 x H x W on the CPU, all of the same size.
+
+    The pixels are uint8, rounded after they were measured if the image has 16 bits.
+    """
 
     scores: ImageScores
     hr: Tensor
@@ -71,9 +74,13 @@ def upscaler_of(
 
 
 def upscale(upscaler: Upscaler, lr: Tensor) -> Tensor:
-    """Upscale uint8 RGB 1 x 3 x H x W of any size to 1 x 3 x scale*H x scale*W on the CPU."""
+    """Upscale RGB 1 x 3 x H x W of any size to 1 x 3 x scale*H x scale*W on the CPU.
+
+    The images are uint8 or uint16, and so is the result.
+    """
     images = np.ascontiguousarray(lr.permute(0, 2, 3, 1).numpy())
-    large = upscaler(images, np.dtype(np.uint8), is_deep=False, advance=lambda _: None)
+    is_deep = images.dtype == np.uint16
+    large = upscaler(images, images.dtype, is_deep=is_deep, advance=lambda _: None)
     # Stay channels last: LPIPS's last digits depend on the memory layout.
     return torch.from_numpy(large).permute(0, 3, 1, 2)
 
@@ -93,7 +100,7 @@ def measure_image(
         if scale == 1
         else {
             "nearest": lr.repeat_interleave(scale, -2).repeat_interleave(scale, -1),
-            "bicubic": to_bytes(cubic_resize(unit_range(lr, torch.float32), size)),
+            "bicubic": to_pixels(cubic_resize(unit_range(lr, torch.float32), size), depth_of(lr)),
         }
     )
     pixels |= {title: upscale(upscaler, lr) for title, upscaler in upscalers.items()}
@@ -108,14 +115,13 @@ def measure_image(
         }
     except ValueError as error:
         raise UserError(f"image {str(pair.hr)!r}: {error}") from error
-    return Views(ImageScores(pair.name, scores), hr, pixels)
+    in_8_bits = {title: as_bytes(image) for title, image in pixels.items()}
+    return Views(ImageScores(pair.name, scores), as_bytes(hr), in_8_bits)
 
 
 def _drift(sr: Tensor, hr: Tensor, border: int) -> dict[str, float]:
     """Mean of SR - HR inside the borders for each colour, in levels of 0 to 255."""
     height, width = hr.shape[-2:]
     inner = (..., slice(border, height - border), slice(border, width - border))
-    drift = [
-        mean_of(channel) for channel in (sr[inner].double() - hr[inner].double()).unbind(dim=1)
-    ]
+    drift = [mean_of(channel) for channel in (levels(sr[inner]) - levels(hr[inner])).unbind(dim=1)]
     return dict(zip(DRIFTS, drift, strict=True))

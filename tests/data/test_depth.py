@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from conftest import photograph
+from fabricate import identity_network, ramp
 from pipeline.cli import UserError
 from pipeline.config.recipe import Recipe, recipe_differences, recipe_of
 from pipeline.data.dataset import Dataset, Folder
@@ -25,12 +27,14 @@ from pipeline.data.image_files import (
     read_npy,
     write_file_list,
 )
-from pipeline.data.image_pixels import read_rgb, to_8_bits
+from pipeline.data.image_pixels import in_depth, read_rgb, to_8_bits
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.reader import low_resolution
 from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import DataSpec
-from pipeline.images import cubic_resize, to_bytes, to_pixels, unit_range
+from pipeline.images import cubic_resize, to_bytes, to_pixels, to_tensor, unit_range
+from pipeline.metrics import measure
+from pipeline.models.compact import SRVGGNetCompact
 from pipeline.training.options import TrainOptions, make_plan
 from reading_corpus import ADOBE, GAMMA, SRGB, profile, srgb_tone
 
@@ -225,13 +229,6 @@ def test_low_resolution_of_a_whole_image(tmp_path: Path) -> None:
     assert np.abs(lr - reference)[2:-2, 2:-2].max() < 0.6
 
 
-def ramp() -> Deep:
-    """Return all 1,024 levels of 10 bits, as 16 bits, in each channel: (64, 64, 3)."""
-    levels = np.arange(1024).reshape(32, 32).repeat(2, 0).repeat(2, 1)
-    in_16_bits = (levels * 65535 + 511) // 1023
-    return np.stack([in_16_bits, in_16_bits[::-1], in_16_bits.T], axis=2).astype(np.uint16)
-
-
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_a_10_bit_ramp_survives_loader_and_identity_network(tmp_path: Path, suffix: str) -> None:
     """Loader, identity network, saved file: bit for bit, for paired LR and for HR."""
@@ -241,8 +238,8 @@ def test_a_10_bit_ramp_survives_loader_and_identity_network(tmp_path: Path, suff
     (batch,) = batches(
         source(tmp_path / "hr", names, lr=lr, degradation="paired", crop=128, micro_batch=1)
     )
-    network = torch.nn.Identity()
-    output = to_pixels(network(unit_range(batch.lr, torch.float32)), 16)
+    with torch.inference_mode():
+        output = to_pixels(identity_network()(batch.lr), 16)
     saved = tmp_path / "out.png"
     saved.write_bytes(imagecodecs.png_encode(as_hwc(output[0])))
     np.testing.assert_array_equal(read_rgb(saved, 16), ramp())
@@ -309,3 +306,60 @@ def test_a_run_has_one_depth_and_refuses_another(tmp_path: Path) -> None:
     assert recipe_differences(recipe_of(earlier, "a run"), recipe("data.depth=8")) == []
     with pytest.raises(UserError, match=r"data\.depth"):
         recipe("data.depth=12")
+
+
+def smooth(seed: int, side: int = 96) -> Deep:
+    """Return a dark, smooth gradient, uint16 (side, side, 3), of about 12 levels of 8 bits."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] / side
+    planes = []
+    for _ in range(3):
+        angle, phase, waves = (
+            rng.uniform(0, 2 * np.pi),
+            rng.uniform(0, 2 * np.pi),
+            rng.uniform(1, 2),
+        )
+        wave = np.sin(2 * np.pi * waves * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+        planes.append(257 * (rng.uniform(20, 60) + 6 * wave))
+    return np.rint(np.stack(planes, axis=2)).astype(np.uint16)
+
+
+def trained(folder: Path, names: list[str], depth: int) -> SRVGGNetCompact:
+    """Train a small network on the loader's batches of `depth` bits."""
+    torch.manual_seed(0)
+    network = SRVGGNetCompact(scale=2, num_features=8, num_conv=1)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    crops = source(folder, names, depth=depth, augment=True, micro_batch=4, threads=1)
+    for batch in batches(crops, 150):
+        optimizer.zero_grad()
+        loss = (network(batch.lr) - unit_range(batch.hr, torch.float32)).abs().mean()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that threads only wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_in_16_bits_avoids_the_banding_of_8(tmp_path: Path) -> None:
+    """The same network and samples: only the depth of the run differs."""
+    names = written(tmp_path, ".npy", [smooth(i) for i in range(8)])
+    scores: dict[int, list[float]] = {8: [], 16: []}
+    for depth in scores:
+        network = trained(tmp_path, names, depth)
+        for seed in range(100, 104):
+            hr = smooth(seed)
+            lr = low_resolution(in_depth(hr, depth), DataSpec().degradation, 2, seed=0, number=0)
+            with torch.inference_mode():
+                sr = to_pixels(network(to_tensor(lr)), depth)
+            deep = to_tensor(in_depth(as_hwc(sr[0]), 16))
+            scores[depth].append(measure(deep, to_tensor(hr), 2)["psnr_rgb"])
+    for in_8, in_16 in zip(scores[8], scores[16], strict=True):
+        assert in_16 > in_8 + 2, scores

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,10 @@ import evaluate
 import warm
 from fabricate import (
     CHECKOUT,
+    identity_network,
     make_run,
     picture,
+    ramp,
     run_command,
     shared,
     tiny_network,
@@ -190,6 +193,33 @@ def views_of(network, folder, scale=2):
         measure_image({"net": upscaler_of(network)}, pair, scale, measures)
         for pair in find_pairs(folder, None, scale)
     ]
+
+
+def test_pairs_of_16_bits_are_measured_in_16_bits(tmp_path):
+    """The input differs from HR by less than 8 bits can tell."""
+    near = ramp()
+    near[20, 30] += 1
+    for name, pixels in (("a_HR", ramp()), ("a_LR", near)):
+        (tmp_path / f"{name}.png").write_bytes(imagecodecs.png_encode(pixels))
+    found = find_folder(tmp_path, None, 1)
+    assert "images of 16 bits: 1 of 1 (such as 'a_HR.png')" in found.note
+    (pair,) = found.pairs
+    views = measure_image(
+        {"net": upscaler_of(identity_network())}, pair, 1, load_measures([METRICS["psnr_rgb"]])
+    )
+    expected = 10 * np.log10(65535**2 * 64 * 64)  # one step in each channel of one pixel
+    for method in ("input", "net"):
+        assert views.scores.methods[method]["psnr_rgb"] == pytest.approx(expected)
+        assert views.pixels[method].dtype == torch.uint8  # for pictures
+
+
+def test_16_bit_hr_is_reduced_in_16_bits(tmp_path):
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(ramp()))
+    (pair,) = find_pairs(tmp_path, None, 2)
+    hr, lr = pair.load(2)
+    assert hr.dtype == lr.dtype == torch.uint16
+    exact = cubic_resize(hr.double(), (32, 32)).clamp(0, 65535)
+    assert (lr.double() - exact).abs().max() < 0.6
 
 
 def test_the_network_and_bicubic_are_measured(tmp_path):

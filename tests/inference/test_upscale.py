@@ -19,8 +19,10 @@ from PIL import Image, ImageCms, ImageOps
 
 import upscale
 from fabricate import (
+    identity_network,
     make_run,
     picture,
+    ramp,
     run_command,
     shared,
     tiny_network,
@@ -28,6 +30,7 @@ from fabricate import (
     write_cubic,
 )
 from pipeline import cli
+from pipeline.data.image_pixels import read_rgb
 from pipeline.images import cubic_resize
 from pipeline.inference import (
     TargetSize,
@@ -44,7 +47,7 @@ from pipeline.inference.sizes import upscale_images
 from pipeline.inference.tiles import lay_tiles
 from pipeline.inference.video import _pixels
 from pipeline.libraries import import_torchvision
-from pipeline.models.weights import read_network
+from pipeline.models.weights import SavedNetwork, read_network, write_network
 
 CPU = torch.device("cpu")
 
@@ -844,3 +847,17 @@ def test_reserved_colour_tags_change_no_pixel():
     tagged.color_primaries, tagged.color_trc = 0, 3
     assert np.array_equal(_pixels(tagged), _pixels(plain))
     assert (tagged.color_primaries, tagged.color_trc) == (0, 3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_10_bit_ramp_passes_unchanged(tmp_path, capsys, suffix):
+    weights = tmp_path / "identity.safetensors"
+    params = {"num_features": 4, "num_conv": 1}
+    write_network(weights, SavedNetwork("compact", 1, params, identity_network().state_dict()))
+    source, out = tmp_path / f"ramp{suffix}", tmp_path / f"out{suffix}"
+    if suffix == ".png":
+        source.write_bytes(imagecodecs.png_encode(ramp()))
+    else:
+        tifffile.imwrite(source, ramp(), photometric="rgb")
+    found = read_rgb(upscaled(capsys, weights, source, out), 16)
+    np.testing.assert_array_equal(found, ramp())
