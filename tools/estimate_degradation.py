@@ -131,7 +131,7 @@ def main(options: Options) -> int:
         _print(folder, found)
     whole = summaries[ALL]
     _write("--out", out, document(whole, printable(root.name or str(root))))
-    print(f"\nwrote {out}: use it as `degradation` in a recipe's data section")
+    print(f"\nwrote {out}: to train with it, add data.degradation={out} to the command")
     if options.json:
         _write("--json", options.json.expanduser(), _as_json(images, summaries, failed))
     return 1 if failed else 0

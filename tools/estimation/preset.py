@@ -242,6 +242,7 @@ def _levels(found: Summary) -> Step | None:
     return Step(
         {
             "banding": {
+                "kind": "rgb",
                 "levels": [low, high],
                 "probability": _share(found.levels.count, found.levels_known),
             }
@@ -271,7 +272,7 @@ def _interlace(found: Summary) -> Step | None:
     if found.combed < max(1, LEAST_SHARE * found.count):
         return None
     return Step(
-        {"interlace": {"probability": _share(found.combed, found.count)}},
+        {"interlace": {"kind": "combing", "probability": _share(found.combed, found.count)}},
         f"lines alternate in {found.combed} of {found.count} images",
     )
 
@@ -364,8 +365,9 @@ def document(found: Summary, source: str) -> str:
     lines = [
         *_comment(
             f"{MARK[2:]} from {counted(found.count, 'image')} in {source}. Numbers in comments are "
-            "medians, with the 10th and the 90th percentile in brackets. Use it as "
-            "`degradation` in a recipe's data section."
+            "medians, with the 10th and the 90th percentile in brackets. To train with it, add "
+            "data.degradation=FILE.yaml to the command, or give the file's path as `degradation` "
+            "in a recipe's data section."
         )
     ]
     lines += ["name: chain", "surroundings: 64", "steps:"]
