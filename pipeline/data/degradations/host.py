@@ -494,13 +494,23 @@ def levels_of(pixels: Bytes | NDArray[np.uint16], workspace: Workspace) -> Level
     )
 
 
-def through_jpeg(image: Levels | Bytes, quality: int, workspace: Workspace) -> Bytes:
-    """Round the levels and compress them with JPEG, 4:2:0, by OpenCV, as DALI does."""
+def through_jpeg(
+    image: Levels | Bytes, quality: int, workspace: Workspace, subsampling: str = "420"
+) -> Bytes:
+    """Round the levels and compress them with JPEG by OpenCV; 4:2:0 as DALI does.
+
+    `subsampling` is of 444, 440, 422, 420 and 411.
+    """
     pixels = rounded(image, workspace)
     pixels = cv2.cvtColor(
         pixels, cv2.COLOR_RGB2BGR, dst=workspace.array("blue first", image.shape, np.uint8)
     )
-    _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    sampling = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{subsampling}")
+    _, data = cv2.imencode(
+        ".jpg",
+        pixels,
+        [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling],
+    )
     return simplejpeg.decode_jpeg(
         data, "RGB", buffer=workspace.array("decoded", image.shape, np.uint8)
     )
