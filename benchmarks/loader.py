@@ -32,6 +32,8 @@ import tyro
 from benchmarks.loader_ways import (
     DALI_NUMPY,
     DALI_PNG,
+    DEEP_FORMS,
+    DEPTHS,
     HOST,
     OPERATORS,
     OUR_WAYS,
@@ -85,6 +87,8 @@ class Options:
     only: tuple[str, ...] = ()
     """Measure only the ways whose names contain one of these words, such as realesrgan; ratios are
     to the last one."""
+    depths: bool = False
+    """Instead, compare batches of 16 bits with batches of 8."""
     operators: bool = False
     """Instead, measure variants of the loader's graph, each with one change."""
     gpu: bool = False
@@ -114,7 +118,7 @@ class Cost:
 def main(options: Options) -> int:
     """Cut, check, measure and print."""
     _check_options(options)
-    ways = OPERATORS if options.operators else WAYS
+    ways = OPERATORS if options.operators else DEPTHS if options.depths else WAYS
     ways = {
         name: way
         for name, way in ways.items()
@@ -128,6 +132,8 @@ def main(options: Options) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch), CROP, options.scale, options.batch, options.threads)
         cut_photographs(options.photos, setting, SIZE, options.images)
+        if options.depths:
+            write_deep(setting)
         settings = {
             name: replace(setting, device_id=0 if options.gpu and name in OUR_WAYS else None)
             for name in ways
@@ -144,9 +150,12 @@ def main(options: Options) -> int:
                     runs.append(_in_child(measure, ways[name], settings[name], options.seconds))
                     bar.update()
         _print_conditions(setting, options)
-    print_table(costs, [*ways][-1] if options.only else OURS if options.operators else DALI_PNG)
-    if not options.operators and not options.only:
+    is_usual = not (options.operators or options.depths)
+    print_table(costs, [*ways][-1] if options.only else DALI_PNG if is_usual else OURS)
+    if is_usual and not options.only:
         print_ratios(costs)
+    if options.depths and not options.only:
+        print_depths(costs)
     return 0
 
 
@@ -182,10 +191,13 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--scale {options.scale} must be 2, 4 or 8, for crops of {CROP}")
     if not options.photos:
         raise UserError("no photographs: give folders of photographs of at least 512x512 pixels")
-    if options.gpu and options.operators:
+    if options.gpu and (options.operators or options.depths):
         raise UserError(
-            "--gpu and --operators cannot be combined: the variants run only on the CPU; omit one"
+            "--gpu cannot be combined with --operators or --depths, which run only on the CPU; "
+            "omit one"
         )
+    if options.operators and options.depths:
+        raise UserError("--operators and --depths are two comparisons; give one")
     if options.gpu:
         import torch
 
@@ -224,6 +236,23 @@ def cut_photographs(folders: Sequence[Path], setting: Setting, size: int, most: 
             "give folders of larger ones"
         )
     return count
+
+
+def write_deep(setting: Setting) -> None:
+    """Write the setting's files a second time, as uint16: a little smoother, so that the lower bits
+    hold what a photograph's would.
+    """
+    for form, deep_form in DEEP_FORMS.items():
+        (setting.folder / deep_form).mkdir()
+        for file in setting.files(form):
+            pixels = np.load(file) if form == "npy" else cv2.imread(str(file))
+            smooth = cv2.GaussianBlur(pixels.astype(np.float32) * 257, (0, 0), 0.6)
+            deep = np.rint(np.clip(smooth, 0, 65535)).astype(np.uint16)
+            target = setting.folder / deep_form / file.name
+            if form == "npy":
+                np.save(target, deep)
+            else:
+                cv2.imwrite(str(target), deep)
 
 
 def _tiles(photo: Path, size: int) -> list[np.ndarray]:
@@ -294,9 +323,8 @@ def check(
             raise RunError(
                 f"{name} delivers {shapes}, not {count} crops of {crop} and {low} pixels"
             )
-        if {array.dtype for array in batch} != {
-            np.dtype(np.float32 if name == TORCH_PNG else np.uint8)
-        }:
+        kind = np.uint16 if "16 bits" in name else np.float32 if name == TORCH_PNG else np.uint8
+        if {array.dtype for array in batch} != {np.dtype(kind)}:
             raise RunError(f"{name} delivers {batch[0].dtype} and {batch[-1].dtype}")
         if len(batch) == 2 and ways[name].is_cubic:
             off = _levels_off(*batch, setting.scale)
@@ -313,7 +341,7 @@ def _levels_off(hr: np.ndarray, lr: np.ndarray, scale: int) -> float:
 
     It is in levels of 0 to 255.
     """
-    unit = np.float32(255 if hr.dtype == np.float32 else 1)
+    unit = np.float32({"float32": 255, "uint16": 1 / 257}.get(hr.dtype.name, 1))
     difference = np.clip(_cubic_lr(hr * unit, scale), 0, 255) - lr * unit
     return float(abs(difference[..., EDGE:-EDGE, EDGE:-EDGE]).max())
 
@@ -409,6 +437,17 @@ def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
             f"CPU per image          {other} / {HOST}: "
             f"{_three(_ratio(costs[HOST], costs[other], 'core_rate'))}"
         )
+
+
+def print_depths(costs: Mapping[str, Sequence[Cost]]) -> None:
+    """Print the ratios of 16 bits to 8."""
+    print("\nratios (median, minimum and maximum of the rounds)")
+    for name, deep_name in zip([*costs][::2], [*costs][1::2], strict=True):
+        for kind, rate in (("per second", "wall_rate"), ("per core-second", "core_rate")):
+            print(
+                f"images {kind:16}{deep_name} / {name}: "
+                f"{_three(_ratio(costs[deep_name], costs[name], rate))}"
+            )
 
 
 def _ratio(runs: Sequence[Cost], others: Sequence[Cost], rate: str) -> tuple[float, float, float]:

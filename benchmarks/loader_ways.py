@@ -477,6 +477,20 @@ OUR_WAYS = {
 }
 """These follow `Setting.device_id`; all others stay on the CPU."""
 
+DEEP_FORMS = {"npy": "npy16", "png": "png16"}
+"""Folder of the 8-bit files of a form -> folder of the same photographs in 16 bits."""
+DEPTHS = {
+    OURS: Way(ours),
+    "this loader, npy of 16 bits": Way(partial(ours, form="npy16", depth=16)),
+    OURS_PNG: Way(partial(ours, form="png")),
+    "this loader, PNG of 16 bits": Way(partial(ours, form="png16", depth=16)),
+    "this loader, npy, gaussian": Way(partial(ours, degradation="gaussian"), is_cubic=False),
+    "this loader, npy of 16 bits, gaussian": Way(
+        partial(ours, form="npy16", depth=16, degradation="gaussian"), is_cubic=False
+    ),
+}
+"""Batches of 8 and of 16 bits; each of 16 follows the one of 8 that it is compared with."""
+
 WAYS = {
     **OUR_WAYS,
     DALI_PNG: Way(dali_of_png),

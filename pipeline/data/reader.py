@@ -267,23 +267,23 @@ class _TrainingGraph:
         if source.spec.sharpen_hr:
             region = self.sharpened(region)
         if source.lr:
-            nodes["lr"] = self.levels(self.brightened(self.pixels(source.lr, "lr", nodes), nodes))
+            nodes["lr"] = self.brightened(self.pixels(source.lr, "lr", nodes), nodes)
         # LR is made from HWC bytes: on CHW, after the transpose, the resize takes twice as long,
         # and it is most of a sample's time (without LR the graph is six times as fast). LR is made
         # before flipping and transposing, so that both sides get exactly the same symmetry with any
         # degradation: transposing before a resize does not give the same bytes as after it.
-        lr = source.degradation.lr(
+        lr = made_lr(
+            source.degradation,
             nodes,
-            self.levels(region),
+            region,
             self.size,
             self.on_device,
-            as_float=self.is_deep or source.lr_noise is not None,
+            is_deep=self.is_deep,
+            as_levels=source.lr_noise is not None,
         )
         # Noise is added to levels that are not rounded yet, so that LR is rounded only once.
         if source.lr_noise:
             lr = source.lr_noise.add(nodes, lr, self.on_device, is_deep=self.is_deep)
-        elif self.is_deep:
-            lr = to_deep(lr)
         low = self.source.crop // self.source.scale
         return self.hr(nodes, region), self.turned(lr, nodes, (low, low))
 
@@ -325,12 +325,6 @@ class _TrainingGraph:
             image = self.on_device(decoded(*part, whole=self.decodes_whole))
         return image
 
-    def levels(self, image: Any) -> Any:
-        """Return a node of uint16 pixels as float levels; uint8 pixels unchanged."""
-        from nvidia.dali import fn, types
-
-        return fn.cast(image, dtype=types.FLOAT) * (1 / 257) if self.is_deep else image
-
     def brightened(self, image: Any, nodes: dict[str, Any]) -> Any:
         from nvidia.dali import fn, types
 
@@ -353,7 +347,7 @@ class _TrainingGraph:
         def blurred(levels: Any) -> Any:
             return filtered(filtered(levels, lines[0]), lines[1])
 
-        levels = fn.cast(self.levels(image), dtype=types.FLOAT)
+        levels = levels_of_deep(image) if self.is_deep else fn.cast(image, dtype=types.FLOAT)
         detail = levels - blurred(levels)
         mask = blurred(fn.cast(math.abs(detail) > HR_THRESHOLD, dtype=types.FLOAT))
         sharper = math.clamp(levels + detail * HR_AMOUNT, 0.0, 255.0)
@@ -446,6 +440,36 @@ def decoded(stream: Any, corner: Any, shape: Any, device: str, *, whole: bool) -
     return fn.decoders.image_slice(stream, start=corner, shape=shape, axes=[0, 1], **options)
 
 
+def made_lr(
+    degradation: Degradation,
+    nodes: dict[str, Any],
+    region: Any,
+    size: tuple[int, int],
+    on_device: Callable[[Any], Any],
+    *,
+    is_deep: bool,
+    as_levels: bool = False,
+) -> Any:
+    """Return a node of LR of `region`, pixels of its type, or with `as_levels` FP32 levels.
+
+    `is_deep` says that the pixels are uint16. See `Degradation.lr` for the other arguments.
+    """
+    if not is_deep:
+        return degradation.lr(nodes, region, size, on_device, as_float=as_levels)
+    if degradation.is_linear:
+        lr = degradation.lr(nodes, region, size, on_device, as_float=as_levels)
+        return lr * (1 / 257) if as_levels else lr
+    lr = degradation.lr(nodes, levels_of_deep(region), size, on_device, as_float=True)
+    return lr if as_levels else to_deep(lr)
+
+
+def levels_of_deep(pixels: Any) -> Any:
+    """Return a node of the FP32 levels of uint16 pixels."""
+    from nvidia.dali import fn, types
+
+    return fn.cast(pixels, dtype=types.FLOAT) * (1 / 257)
+
+
 def to_deep(levels: Any) -> Any:
     """Return a node of uint16 pixels: float levels times 257, rounded and clipped."""
     from nvidia.dali import fn, types
@@ -497,7 +521,7 @@ def _whole_image_graph(
     kind: type[DegradationSpec], spec: str, scale: int, size: tuple[int, int], is_deep: bool
 ) -> _WholeImageGraph:
     """Build the graph for images of one size; cached, as building takes longer than running."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def
 
     degradation = build_degradation(kind.model_validate_json(spec), scale)
     feed: list[np.ndarray] = []
@@ -519,11 +543,9 @@ def _whole_image_graph(
             batch=True,
         )
         nodes = {column: made[i] for i, column in enumerate(columns)}
-        region = nodes["region"]
-        if not is_deep:
-            return degradation.lr(nodes, region, size, lambda node: node, as_float=False)
-        levels = fn.cast(region, dtype=types.FLOAT) * (1 / 257)
-        return to_deep(degradation.lr(nodes, levels, size, lambda node: node, as_float=True))
+        return made_lr(
+            degradation, nodes, nodes["region"], size, lambda node: node, is_deep=is_deep
+        )
 
     return _WholeImageGraph(degradation, feed, without_leftovers(graph))
 

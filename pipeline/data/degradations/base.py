@@ -62,6 +62,9 @@ class Degradation:
     # Whether it has an `lr_on_host` that is faster on a CPU than the nodes.
     has_host_chain: ClassVar[bool] = False
     has_nodes: ClassVar[bool] = True  # whether it has the nodes of `lr`
+    # Whether LR is a weighted mean of pixels, so that `lr` may get them as uint16 and makes uint16.
+    # Levels are then not computed for every HR pixel, which takes longer than to make LR.
+    is_linear: ClassVar[bool] = False
     # Whether the region is flipped and transposed before LR is made, and not LR afterwards. What is
     # drawn is then for the region as it is transposed. Only without nodes.
     turns_first: ClassVar[bool] = False
@@ -106,6 +109,7 @@ class Degradation:
     ) -> Any:
         """Return a DALI node of LR (HWC, levels 0..255, bytes or FP32) of a part of `region`.
 
+        If it `is_linear`, `region` may be uint16, whose unit LR then has too: uint16 or FP32.
         The part starts at `nodes["start"]` and has `size` (height, width); both are in HR pixels
         and multiples of the scale. `as_float` requests FP32, which is not rounded, and possibly not
         clipped.

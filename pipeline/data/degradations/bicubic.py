@@ -27,6 +27,7 @@ class Bicubic(Degradation):
     """Antialiased bicubic downscaling, without randomness."""
 
     Spec = BicubicSpec
+    is_linear = True
 
     @property
     def surroundings(self) -> int:
@@ -54,7 +55,7 @@ class Bicubic(Degradation):
             resize_x=size[1] // self.scale,
             interp_type=types.INTERP_CUBIC,
             antialias=True,
-            dtype=types.FLOAT if as_float else types.UINT8,
+            **({"dtype": types.FLOAT} if as_float else {}),  # otherwise that of the region
         )
 
     def lr_on_host(

@@ -36,6 +36,7 @@ class Gaussian(Degradation):
     """Gaussian blur, then every `scale`-th pixel."""
 
     Spec = GaussianSpec
+    is_linear = True
     columns = ("gaussian_x", "gaussian_y")
     spec: GaussianSpec
 
@@ -80,7 +81,7 @@ class Gaussian(Degradation):
             interp_type=types.INTERP_NN,
             antialias=False,
         )
-        return lr if as_float else fn.cast(lr, dtype=types.UINT8)
+        return lr if as_float else fn.cast_like(lr, region)
 
     def lr_on_host(
         self,

@@ -18,6 +18,7 @@ class Paired(Degradation):
     """LR is read instead of made."""
 
     Spec = PairedSpec
+    is_linear = True
     spec: PairedSpec
 
     @property
