@@ -38,6 +38,8 @@ class Backend(Protocol):
     scale: int
     halo: int
     """Receptive radius: how many LR pixels away an input pixel can affect an output pixel."""
+    grid: int
+    """Tiles must start at multiples of it, beside those of `tiles.ALIGNMENT`."""
     device: Device
     window: tuple[int, int] | None
     """Height and width if the network takes images of one size only; `None`: any size."""
@@ -131,6 +133,8 @@ class FileFacts:
     """The only batch size that the file takes; `None`: any."""
     window: tuple[int, int] | None = None
     """Height and width if the file takes images of one size only; `None`: any size."""
+    grid: int = 1
+    """Tiles must start at multiples of it."""
 
 
 class FileBackend:
@@ -156,12 +160,8 @@ class FileBackend:
         exact: str,
         measured: Measurements,
     ) -> None:
-        self.scale, self.halo, self.window, self.device = (
-            facts.scale,
-            facts.halo,
-            facts.window,
-            device,
-        )
+        self.scale, self.halo, self.grid = facts.scale, facts.halo, facts.grid
+        self.window, self.device = facts.window, device
         self._load, self._facts, self._precision, self._exact = load, facts, precision, exact
         self._files: dict[str, NetworkFile] = {}
         self._max_pixels: dict[str, int] = {}

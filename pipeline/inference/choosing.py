@@ -120,7 +120,7 @@ def _use_torch(original: Original, why: str = "") -> Chosen:
 
 
 def _chosen(original: Original, backend: Backend, by: str) -> Chosen:
-    name, scale, _ = original.facts()
+    name, scale, _, _ = original.facts()
     return Chosen(original.file, f"{name} x{scale}", backend, by, original.measured)
 
 

@@ -93,13 +93,14 @@ class Original:
             self.saved.build(), self.device, self.precision, compiles=self._compiles
         )
 
-    def facts(self) -> tuple[str, int, int]:
-        """Return name, scale and receptive radius (in LR pixels) of the network."""
+    def facts(self) -> tuple[str, int, int, int]:
+        """Return name, scale, receptive radius and grid (in LR pixels) of the network."""
         try:
-            name, scale, radius = self.measured.get("network")
-            return str(name), int(scale), int(radius)
-        except (TypeError, ValueError):  # unknown so far, or broken
-            found = (self.saved.name, self.backend.scale, self.backend.halo)
+            name, scale, radius, grid = self.measured.get("network")
+            return str(name), int(scale), int(radius), int(grid)
+        except (TypeError, ValueError):  # unknown so far, of an earlier version, or broken
+            backend = self.backend
+            found = (self.saved.name, backend.scale, backend.halo, backend.grid)
             self.measured.put("network", found)
             return found
 
@@ -153,10 +154,10 @@ class ConversionCache:
 
     def backend(self, kind: BackendKind) -> FileBackend:
         """Return the network in a backend. If FP16 overflows, it is also converted for FP32."""
-        _, scale, radius = self.original.facts()
+        _, scale, radius, grid = self.original.facts()
         return FileBackend(
             lambda precision: self._load(kind, precision == "fp16"),
-            FileFacts(scale, radius),
+            FileFacts(scale, radius, grid=grid),
             self.device,
             lambda is_deep: precision_of(self.original.precision, self.device, is_deep=is_deep),
             "fp32",

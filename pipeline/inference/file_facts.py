@@ -41,9 +41,8 @@ def facts_of(file: NetworkFile, name: str) -> FileFacts:
     if said.keys() >= {*DESCRIBED}:
         try:
             scale, params = int(said["scale"]), dict(parse_json(said["params"]))
-            described = replace(
-                facts, scale=scale, halo=_own_halo(said["architecture"], scale, params)
-            )
+            halo, grid = _own_reach(said["architecture"], scale, params)
+            described = replace(facts, scale=scale, halo=halo, grid=grid)
         except (ValueError, TypeError):
             pass  # the file is from another program that uses the same keys
         else:
@@ -71,11 +70,15 @@ def from_json(values: Mapping[str, Any]) -> FileFacts:
     return FileFacts(**{**values, "window": None if window is None else tuple(window)})
 
 
-def _own_halo(architecture: str, scale: int, params: Mapping[str, Any]) -> int:
-    """Return the receptive radius of a network of `pipeline.models`, in LR pixels; needs torch."""
+def _own_reach(architecture: str, scale: int, params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return receptive radius and grid of a network of `pipeline.models`, in LR pixels.
+
+    Needs torch.
+    """
     from pipeline.models import build_outline
 
-    return build_outline(architecture, scale, params).receptive_radius
+    network = build_outline(architecture, scale, params)
+    return network.receptive_radius, getattr(network, "tile_grid", 1)
 
 
 def _check_scale(file: NetworkFile, facts: FileFacts, name: str) -> None:

@@ -7,6 +7,8 @@ receptive field do several times the work.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pipeline.inference.backends import Backend
@@ -55,7 +57,8 @@ class Reach:
         # The same image content is computed twice, from two pieces that are cut `shift` pixels
         # apart. Their results differ only by the influence of the pieces' edges.
         height, width = self._backend.window or STRIP
-        shift, stands = shift_of(width), self._backend.window is None
+        stands = self._backend.window is None
+        shift = math.lcm(shift_of(width), self._backend.grid if stands else 1)
         size = (height, width + shift)
         strips = [
             (natural(0, *size), False),

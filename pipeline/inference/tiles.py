@@ -20,7 +20,7 @@ from pipeline.inference.backends import Backend, Levels, NotFiniteError
 
 ALIGNMENT = 16
 """Tiles start at multiples of it, so that attention windows have the same grid as in the whole
-image."""
+image. A few networks need a coarser grid."""
 SMALLEST_TILE = 64
 MAX_BATCH = 64
 ENOUGH_BYTES = 512 << 20
@@ -66,16 +66,19 @@ class ImageTile:
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
-def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[ImageTile]:
+def lay_tiles(
+    shape: tuple[int, int, int], halo: int, max_pixels: int, grid: int = ALIGNMENT
+) -> list[ImageTile]:
     """Return tiles that fill `shape` (images, height, width) once, each extended by `halo` pixels.
 
     An image of at most `max_pixels` is a single tile. Larger ones are cut into roughly square tiles
-    that see at most `max_pixels`, but fill at least `SMALLEST_TILE` squared. Tiles of equal size
-    are adjacent, the largest first, so that smaller ones reuse the memory that these have freed.
+    that see at most `max_pixels`, but fill at least `SMALLEST_TILE` squared, and start at multiples
+    of `grid`. Tiles of equal size are adjacent, the largest first, so that smaller ones reuse the
+    memory that these have freed.
     """
     count, height, width = shape
-    halo = _aligned(halo)
-    side = max(SMALLEST_TILE, (math.isqrt(max_pixels) - 2 * halo) // ALIGNMENT * ALIGNMENT)
+    halo = _aligned(halo, grid)
+    side = max(_aligned(SMALLEST_TILE, grid), (math.isqrt(max_pixels) - 2 * halo) // grid * grid)
     if height * width <= max_pixels:
         side = max(height, width)
     tiles = [
@@ -83,8 +86,8 @@ def lay_tiles(shape: tuple[int, int, int], halo: int, max_pixels: int) -> list[I
             image, rows, columns, _widened(rows, halo, height), _widened(columns, halo, width)
         )
         for image in range(count)
-        for rows in _pieces(height, side)
-        for columns in _pieces(width, side)
+        for rows in _pieces(height, side, grid)
+        for columns in _pieces(width, side, grid)
     ]
     return sorted(tiles, key=lambda tile: tile.seen_shape, reverse=True)
 
@@ -135,14 +138,14 @@ def _windows(length: int, side: int, halo: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _aligned(length: int) -> int:
-    return -(-length // ALIGNMENT) * ALIGNMENT
+def _aligned(length: int, grid: int) -> int:
+    return -(-length // grid) * grid
 
 
-def _pieces(length: int, side: int) -> list[slice]:
-    """Divide `length` at multiples of `ALIGNMENT` into similar pieces of at most `side`."""
+def _pieces(length: int, side: int, grid: int) -> list[slice]:
+    """Divide `length` at multiples of `grid` into similar pieces of at most `side`."""
     count = -(-length // side)
-    step = length if count == 1 else _aligned(-(-length // count))
+    step = length if count == 1 else _aligned(-(-length // count), grid)
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -186,6 +189,7 @@ class Upscaler:
         self.scale = backend.scale
         self._backend = backend
         self._tile, self._most_pixels, self._measured_halo = tile, most_pixels, halo
+        self._grid = math.lcm(ALIGNMENT, backend.grid)
         self._reduced: dict[str, int] = {}  # after the memory did not suffice
 
     def precision_for(self, *, is_deep: bool) -> str:
@@ -238,9 +242,9 @@ class Upscaler:
             return lay_windows(shape, 0 if is_one else self._halo(images, is_deep=is_deep), window)
         most = self._pixels_at_once(precision, self._expected_halo(is_deep=is_deep))
         if shape[1] * shape[2] <= most:
-            return lay_tiles(shape, 0, most)
+            return lay_tiles(shape, 0, most, self._grid)
         halo = self._halo(images, is_deep=is_deep)
-        return lay_tiles(shape, halo, self._pixels_at_once(precision, halo))
+        return lay_tiles(shape, halo, self._pixels_at_once(precision, halo), self._grid)
 
     def _halo(self, images: np.ndarray, *, is_deep: bool) -> int:
         """Return by how many LR pixels the tiles of these images overlap."""
@@ -257,10 +261,11 @@ class Upscaler:
     def _pixels_at_once(self, precision: str, halo: int) -> int:
         """Return how many LR pixels the network is shown at once, in tiles with this halo."""
         if self._tile:
-            return (self._tile + 2 * _aligned(halo)) ** 2
+            return (self._tile + 2 * _aligned(halo, self._grid)) ** 2
         if most := self._reduced.get(precision) or self._most_pixels:
             return most
-        most, least = self._backend.max_pixels(precision), (SIDES_PER_HALO * _aligned(halo)) ** 2
+        most = self._backend.max_pixels(precision)
+        least = (SIDES_PER_HALO * _aligned(halo, self._grid)) ** 2
         if self._backend.device.type != "cpu" or most <= least:
             return most
         return min(most, max(least, int(ENOUGH_BYTES / self._backend.pixel_bytes(precision))))
@@ -344,7 +349,8 @@ class Upscaler:
         """Return new tiles of half the size for all images, after the memory did not suffice."""
         halo = self._halo(images, is_deep=is_deep)
         largest = max(rows * columns for rows, columns in (tile.seen_shape for tile in waiting))
-        smallest = (SMALLEST_TILE + 2 * _aligned(halo)) ** 2
+        side = _aligned(SMALLEST_TILE, self._grid)
+        smallest = (side + 2 * _aligned(halo, self._grid)) ** 2
         if self._tile or self._backend.window or largest <= smallest:
             tile = "" if self._most_pixels else "a smaller --tile, "
             raise RunError(
@@ -353,7 +359,7 @@ class Upscaler:
         if self._backend.device.type == "cuda":
             sys.modules["torch"].cuda.empty_cache()
         self._reduced[precision] = min(largest, self.max_pixels(precision)) // 2
-        return lay_tiles(images.shape[:3], halo, self._reduced[precision])
+        return lay_tiles(images.shape[:3], halo, self._reduced[precision], self._grid)
 
 
 def _seen(images: np.ndarray, tiles: list[ImageTile]) -> np.ndarray:

@@ -56,6 +56,7 @@ class TorchBackend:
     ) -> None:
         self.scale: int = network.scale
         self.halo: int = network.receptive_radius
+        self.grid: int = getattr(network, "tile_grid", 1)
         self.device = Device(device.type, device.index)
         self.network = network
         self.transfers = Transfers(torch.device(str(self.device)))
@@ -145,7 +146,8 @@ class SelfEnsemble:
     step = 0.0
 
     def __init__(self, backend: TorchBackend) -> None:
-        self.scale, self.halo, self.device = backend.scale, backend.halo, backend.device
+        self.scale, self.halo, self.grid = backend.scale, backend.halo, backend.grid
+        self.device = backend.device
         self.in_flight = 0  # its eight uploads would overwrite the pinned buffers of another batch
         self.precision_for, self.is_exact = backend.precision_for, backend.is_exact
         self.pixel_bytes, self.max_pixels = backend.pixel_bytes, backend.max_pixels

@@ -12,6 +12,9 @@ A network is one file here and one row in the table. Its class, an `nn.Module`, 
 - `receptive_radius`: how far away, in LR pixels, an input pixel can affect an output pixel. Tiles
   of large images overlap by this much.
 
+Where attention windows repeat only after more than 16 LR pixels, `tile_grid` says after how many:
+tiles then start at multiples of it.
+
 It may have two static methods with which `weights.read_network` identifies a network by the tensors
 in a file that does not describe itself:
 

@@ -127,6 +127,11 @@ They are not trained, because an optimizer and the gradient check would wait for
 NEED_AUTOCAST = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR")
 """Architectures that create masks or positions in float32: in half precision they need autocast."""
 
+TILE_GRIDS = {"GRL": 64, "SCUNet": 64}
+"""Architectures whose attention windows, shrunk levels or stripes repeat only after so many pixels.
+
+All others repeat after 16 pixels at most.
+"""
 HIDDEN_PARAMETERS = {"ATD": ("category_size",)}
 """Parameters that files do not reveal and that affect only large images."""
 CONVOLUTIONAL = ("Compact", "ESRGAN", "MoSR", "PLKSR", "SPAN", "SwiftSRGAN")
@@ -497,6 +502,11 @@ class SpandrelNetwork(nn.Module):
         It is not exact: most of these networks depend slightly on the whole image.
         """
         return 64
+
+    @property
+    def tile_grid(self) -> int:
+        """Tiles must start at multiples of it, so that windows have the whole image's grid."""
+        return TILE_GRIDS.get(self._traits.arch, 1)
 
     @property
     def is_convolutional(self) -> bool:

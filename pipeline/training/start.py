@@ -40,7 +40,7 @@ def load_start_weights(generator: nn.Module, plan: TrainPlan) -> str:
         if name in own and own[name].shape == tensor.shape
     }
     name = recipe.generator.name
-    is_whole = len(tensors) == len(own) == len(saved.state_dict)
+    is_whole = len(tensors) == len(own) == len(saved.state_dict)  # not if an upsampler is left over
     if saved.name != name or (saved.scale == recipe.scale and not is_whole) or not tensors:
         missing = next((key for key in (*own, *saved.state_dict) if key not in tensors), "")
         raise UserError(
@@ -49,7 +49,8 @@ def load_start_weights(generator: nn.Module, plan: TrainPlan) -> str:
             + (f" (tensor {missing!r})" if missing else "")
         )
     generator.load_state_dict({**own, **tensors})
-    of = "" if is_whole else f", {len(tensors)} of {len(own)} tensors; the others start at random"
+    is_filled = len(tensors) == len(own)
+    of = "" if is_filled else f", {len(tensors)} of {len(own)} tensors; the others start at random"
     other = _other_params(name, saved.params, recipe.generator.params)
     note = f"; note: trained with {', '.join(other)}" if other else ""
     return f"starting from the weights of {short_path(file)}{of}{note}"

@@ -47,6 +47,7 @@ from pipeline.inference.sizes import upscale_images
 from pipeline.inference.tiles import lay_tiles
 from pipeline.inference.video import _pixels
 from pipeline.libraries import import_torchvision
+from pipeline.models import build_generator
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 
 CPU = torch.device("cpu")
@@ -132,6 +133,28 @@ def test_tiled_equals_untiled(tile, kind):
         image, np.dtype(kind), is_deep=kind == np.uint16, advance=nothing
     )
     assert np.abs(seams.astype(int) - whole.astype(int)).max() > 2  # so tiles have to overlap
+
+
+def test_tiles_of_windows_at_an_eighth_of_the_size_keep_their_grid():
+    """SCUNet's windows repeat after 64 pixels; tiles that start elsewhere have other windows."""
+    torch.manual_seed(0)
+    network = build_generator(
+        "spandrel", 1, arch="SCUNet", dim=16, config=[0, 0, 1, 1, 1, 0, 0]
+    ).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    image = picture(96, 480)[None]
+    whole = on_cpu(network)(image, image.dtype, is_deep=False, advance=nothing).astype(int)
+    largest = {}
+    for grid in (64, 1):
+        backend = TorchBackend(network, CPU)
+        assert backend.grid == 64
+        backend.grid = grid
+        tiled = Upscaler(backend, tile=80)(image, image.dtype, is_deep=False, advance=nothing)
+        largest[grid] = np.abs(tiled - whole).max()
+    assert largest[64] <= 1
+    assert largest[1] > 8
 
 
 def test_a_network_of_scale_1_is_applied_once_to_any_size():
