@@ -459,6 +459,9 @@ HOST, DALI_PNG, TORCH_PNG = (
 )
 DALI_NUMPY, WRITTEN_HERE = "DALI's numpy reader alone", "its graph, written here"
 
+CHAIN = {"name": "chain", "steps": ["blur", "noise", {"resize": {"to": "lr"}}, "sharpen"]}
+"""A GPU makes it alone."""
+
 OUR_WAYS = {
     OURS: Way(ours),
     OURS_TORCH: Way(ours_in_torch),
@@ -471,6 +474,9 @@ OUR_WAYS = {
     ),
     "this loader, npy, gaussian": Way(partial(ours, degradation="gaussian"), is_cubic=False),
     "this loader, npy, realesrgan": Way(partial(ours, degradation="realesrgan"), is_cubic=False),
+    "this loader, npy, a chain of four steps": Way(
+        partial(ours, degradation=CHAIN), is_cubic=False
+    ),
     "this loader, npy, realesrgan by DALI alone": Way(
         partial(ours, degradation="realesrgan", on_host=False), is_cubic=False
     ),

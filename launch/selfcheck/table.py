@@ -51,7 +51,7 @@ SECTIONS = {
         ),
         Section(
             "loader",
-            70,
+            80,
             "every kind of batch compared with the CPU's; batches per second",
             (
                 "loader.npy",
@@ -63,7 +63,10 @@ SECTIONS = {
                 "loader.npy_noise",
                 "loader.npy_gaussian",
                 "loader.npy_realesrgan",
+                "loader.npy_chain",
                 "loader.same.jpeg",
+                "loader.same.chain",
+                "loader.same.chain_split",
             ),
         ),
         Section(

@@ -25,11 +25,15 @@ _FLIP_CODES = {(1, 0): 0, (0, 1): 1, (1, 1): -1}  # (vertical, horizontal) -> Op
 class HostDegraded:
     """Wraps a DALI pipeline of (hr, regions) to yield (hr, lr), with LR made by a pool of threads.
 
-    DALI reads and decodes the next micro-batches meanwhile.
+    DALI reads and decodes the next micro-batches meanwhile. If the source is split, the pipeline
+    has made LR's first steps, possibly on a GPU, where HR then stays.
     """
 
     def __init__(self, pipeline: Any, source: CropSource, index: int, threads: int) -> None:
         self._pipeline, self._source, self._index = pipeline, source, index
+        # Whether `run` may be given a stream.
+        self.exec_dynamic = source.is_split and getattr(pipeline, "exec_dynamic", False)
+        self._sharpens = source.spec.sharpen_hr and not source.is_split
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="degradation")
         self._workspaces = threading.local()
         self._all_workspaces: list[Workspace] = []
@@ -37,23 +41,25 @@ class HostDegraded:
         self._hr: Any = None  # these keep the memory alive, which DALI's lists do not own
         self._lr: Any = None
 
-    def run(self) -> tuple[Any, Any]:
+    def run(self, stream: Any = None) -> tuple[Any, Any]:
         """Return (hr, lr) of the next micro-batch: NCHW, of the source's depth.
 
-        They are valid until the next call.
+        They are valid until the next call. With a CUDA `stream`, HR is ready for work queued on it.
         """
         from nvidia.dali.tensors import TensorListCPU
 
-        hr, regions, *read = self._pipeline.run()
+        hr, regions, *read = self._pipeline.run(*(() if stream is None else (stream,)))
+        if not isinstance(regions, TensorListCPU):
+            if stream is not None:
+                stream.synchronize()
+            regions = regions.as_cpu()
         drawn = self._source.degraded(self._index)
         side = self._source.crop // self._source.scale
         kind = np.uint16 if self._source.depth == 16 else np.uint8
         lr = np.empty((len(drawn), 3, side, side), kind)
         # HR that the graph has cut out is replaced if it must be sharpened.
         sharpened = np.empty(
-            (len(drawn), 3, self._source.crop, self._source.crop)
-            if self._source.spec.sharpen_hr
-            else 0,
+            (len(drawn), 3, self._source.crop, self._source.crop) if self._sharpens else 0,
             kind,
         )
         tasks = [
@@ -97,27 +103,27 @@ class HostDegraded:
         start = sample.corner(source.crop, is_turned=False)
         turns = sample.transpose, sample.flip_vertical, sample.flip_horizontal
         if hr_planes is not None:
-            began, (top, left), size = time.perf_counter(), start, source.crop
+            began, (top, left), side = time.perf_counter(), start, source.crop
             # A copy, because steps use the workspace again.
             sharper = sharpened_hr(levels_of(region, workspace), workspace)
             region = in_depth(sharper, source.depth, workspace).copy()
-            turn(region[top : top + size, left : left + size], *turns, hr_planes)
+            turn(region[top : top + side, left : left + side], *turns, hr_planes)
             workspace.took("sharpen_hr", time.perf_counter() - began)
         if sample.lr_path is not None and read is not None:
             lr = levels_of(read, workspace)
         else:
             degradation = source.degradations[sample.folder % len(source.degradations)]
             if degradation.turns_first:
-                region, start = turned(region, *turns), sample.corner(source.crop, is_turned=True)
-                turns = 0, 0, 0
-            lr = degradation.lr_on_host(
-                sample.degradation,
-                keys,
-                levels_of(region, workspace),
-                start,
-                (source.crop, source.crop),
-                workspace,
-            )
+                if not source.is_split:  # the graph has turned it
+                    region = turned(region, *turns)
+                start, turns = sample.corner(source.crop, is_turned=True), (0, 0, 0)
+            size = source.crop, source.crop
+            if source.is_split:
+                lr = degradation.rest_on_host(sample.degradation, region, start, size, workspace)
+            else:
+                lr = degradation.lr_on_host(
+                    sample.degradation, keys, levels_of(region, workspace), start, size, workspace
+                )
         if source.lr_noise:
             lr = source.lr_noise.add_on_host(sample.noise_sigma, keys[-2:], lr, workspace)
         turn(in_depth(lr, source.depth, workspace), *turns, planes)

@@ -21,9 +21,15 @@ import numpy as np
 from pipeline.cli import UserError
 from pipeline.data.decoding import BadFileError, decoding_fault
 from pipeline.data.degradations import build_degradation, kernels
-from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec, filtered
+from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec
+from pipeline.data.degradations.chain import Chain
 from pipeline.data.degradations.host import Workspace, in_depth, levels_of
-from pipeline.data.degradations.steps.sharpen import HR_AMOUNT, HR_SIGMA, HR_THRESHOLD
+from pipeline.data.degradations.steps.sharpen import (
+    HR_AMOUNT,
+    HR_SIGMA,
+    HR_THRESHOLD,
+    by_soft_mask,
+)
 from pipeline.data.degrading import HostDegraded, turn
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
@@ -136,8 +142,8 @@ def training_pipeline(
 
     hr: (micro-batch, 3, crop, crop); lr: (micro-batch, 3, crop / scale, crop / scale); both uint8,
     or uint16 if the source's depth is 16. It is a DALI pipeline, possibly followed by threads of
-    the host, whose outputs are in the host's memory even if there is a GPU. `decodes_on_gpu`
-    matters only on a GPU.
+    the host. If these make all of LR, or its last steps, it is in the host's memory even if there
+    is a GPU, and if they make all of it, so is HR. `decodes_on_gpu` matters only on a GPU.
     """
     from nvidia.dali import fn, pipeline_def
 
@@ -165,7 +171,8 @@ def training_pipeline(
         return parts.outputs({column: arrays[i] for i, column in enumerate(parts.columns)})
 
     pipeline = without_leftovers(graph)
-    return HostDegraded(pipeline, source, index, threads) if source.degrades_on_host else pipeline
+    uses_host = source.degrades_on_host or source.is_split
+    return HostDegraded(pipeline, source, index, threads) if uses_host else pipeline
 
 
 def without_leftovers(graph: Callable[[], Any]) -> Any:
@@ -213,8 +220,12 @@ class _TrainingGraph:
             # The crop would be cut out before it is sharpened.
             and (source.degrades_on_host or not source.spec.sharpen_hr)
         )
-        # If the host both flips and degrades, no node reads these columns.
-        unused = {*TURNS, "start"} if self.turns_on_host and source.degrades_on_host else set()
+        # If the host cuts out HR, no node reads these columns.
+        unused: set[str] = set()
+        if self.turns_on_host and source.degrades_on_host:
+            unused = {*TURNS, "start"}
+        elif self.turns_on_host and source.degradation.turns_first:
+            unused = {"start"}
         self.columns = (
             *(column for column in source.columns if column not in unused),
             *(("crop",) if self.turns_on_host else ()),
@@ -247,7 +258,7 @@ class _TrainingGraph:
         """Return nodes of HR and LR.
 
         If the host degrades: of HR, the region to make LR from and, if LR is read for some samples,
-        what was read.
+        what was read. If it does so after the first steps, of HR and of the region after those.
         """
         if not self.source.degrades_on_host:
             return self.hr_and_lr(nodes)
@@ -260,6 +271,8 @@ class _TrainingGraph:
 
     def hr_and_lr(self, nodes: dict[str, Any]) -> tuple[Any, Any]:
         """Return the graph's HR and LR from the nodes of `columns`."""
+        from nvidia.dali import fn
+
         source = self.source
         # Brightness belongs to the photograph: changed before LR is made, it reaches both sides. LR
         # that is read from a file was made from the unchanged HR, so it gets the same factor.
@@ -271,21 +284,29 @@ class _TrainingGraph:
         # LR is made from HWC bytes: on CHW, after the transpose, the resize takes twice as long,
         # and it is most of a sample's time (without LR the graph is six times as fast). LR is made
         # before flipping and transposing, so that both sides get exactly the same symmetry with any
-        # degradation: transposing before a resize does not give the same bytes as after it.
+        # degradation: transposing before a resize does not give the same bytes as after it. Only
+        # where steps have a direction, the region is turned first.
+        is_turned = source.degradation.turns_first
         lr = made_lr(
             source.degradation,
-            nodes,
-            region,
+            {**nodes, "start": nodes["turned_start"]} if "turned_start" in nodes else nodes,
+            self.turned_region(region, nodes) if is_turned else region,
             self.size,
             self.on_device,
             is_deep=self.is_deep,
-            as_levels=source.lr_noise is not None,
+            as_levels=source.is_split or source.lr_noise is not None,
         )
+        if source.is_split:
+            return self.hr(nodes, region), lr
         # Noise is added to levels that are not rounded yet, so that LR is rounded only once.
         if source.lr_noise:
             lr = source.lr_noise.add(nodes, lr, self.on_device, is_deep=self.is_deep)
         low = self.source.crop // self.source.scale
-        return self.hr(nodes, region), self.turned(lr, nodes, (low, low))
+        if is_turned:
+            lr = fn.transpose(lr, perm=[2, 0, 1], transpose_layout=False, output_layout="CHW")
+        else:
+            lr = self.turned(lr, nodes, (low, low))
+        return self.hr(nodes, region), lr
 
     def hr(self, nodes: dict[str, Any], region: Any) -> Any:
         """Return the HR crop of a brightened region.
@@ -339,19 +360,12 @@ class _TrainingGraph:
 
     def sharpened(self, image: Any) -> Any:
         """Return a node of HR pixels sharpened as by `steps.sharpen.sharpened_hr`."""
-        from nvidia.dali import fn, math, types
+        from nvidia.dali import fn, types
 
         line = kernels.gaussian_kernel(51, HR_SIGMA, HR_SIGMA, 0).sum(axis=0)
-        lines = [self.on_device(types.Constant(one)) for one in (line[None], line[:, None])]
-
-        def blurred(levels: Any) -> Any:
-            return filtered(filtered(levels, lines[0]), lines[1])
-
+        row, column = (self.on_device(types.Constant(one)) for one in (line[None], line[:, None]))
         levels = levels_of_deep(image) if self.is_deep else fn.cast(image, dtype=types.FLOAT)
-        detail = levels - blurred(levels)
-        mask = blurred(fn.cast(math.abs(detail) > HR_THRESHOLD, dtype=types.FLOAT))
-        sharper = math.clamp(levels + detail * HR_AMOUNT, 0.0, 255.0)
-        sharpened = levels + mask * (sharper - levels)
+        sharpened = by_soft_mask(levels, row, column, HR_AMOUNT, HR_THRESHOLD)
         return to_deep(sharpened) if self.is_deep else fn.cast(sharpened, dtype=types.UINT8)
 
     def turned(
@@ -371,17 +385,7 @@ class _TrainingGraph:
         # takes 1.3 times as long.
         is_transposed, vertical, horizontal = (nodes[name] for name in TURNS)
         if self.flips_by_sampling:
-            flips = fn.cast(fn.stack(vertical, horizontal), dtype=types.FLOAT)
-            sides = np.array(size, np.float32)
-            first = flips * sides + (0 if start is None else fn.cast(start, dtype=types.FLOAT))
-            rows = fn.resize(
-                image,
-                roi_start=first,
-                roi_end=first + (1 - 2 * flips) * sides,
-                size=size,
-                interp_type=types.INTERP_NN,
-                antialias=False,
-            )
+            rows = _flipped_by_sampling(image, vertical, horizontal, np.float32(size), start)
             vertical = horizontal = 0
         else:
             part = image if start is None else fn.slice(image, start=start, shape=size, axes=[0, 1])
@@ -400,8 +404,40 @@ class _TrainingGraph:
             )
         return planes
 
+    def turned_region(self, region: Any, nodes: dict[str, Any]) -> Any:
+        """Return a node of a whole region of any size: flipped, then transposed, as HWC."""
+        from nvidia.dali import fn, types
+
+        is_transposed, vertical, horizontal = (nodes[name] for name in TURNS)
+        if self.flips_by_sampling:
+            sides = fn.cast(region.shape()[0:2], dtype=types.FLOAT)
+            turned = _flipped_by_sampling(region, vertical, horizontal, sides)
+        else:
+            turned = fn.flip(region, horizontal=horizontal, vertical=vertical)
+        if is_transposed:
+            turned = fn.transpose(turned, perm=[1, 0, 2], transpose_layout=False)
+        return turned
+
     def on_device(self, node: Any) -> Any:
         return node if self.device_id is None or node.device == "gpu" else node.gpu()
+
+
+def _flipped_by_sampling(
+    image: Any, vertical: Any, horizontal: Any, size: Any, start: Any = None
+) -> Any:
+    """Return a node of the part of `image` (HWC) at `start` with `size`, both FP32, flipped."""
+    from nvidia.dali import fn, types
+
+    flips = fn.cast(fn.stack(vertical, horizontal), dtype=types.FLOAT)
+    first = flips * size + (0 if start is None else fn.cast(start, dtype=types.FLOAT))
+    return fn.resize(
+        image,
+        roi_start=first,
+        roi_end=first + (1 - 2 * flips) * size,
+        size=size,
+        interp_type=types.INTERP_NN,
+        antialias=False,
+    )
 
 
 def turned_crops(source: CropSource, arrays: tuple[Any, ...], buffer: np.ndarray) -> np.ndarray:
@@ -491,7 +527,7 @@ def low_resolution(
     numbers, size = iter(uniforms(words[:-KEYS]).tolist()), pixels.shape[:2]
     is_deep = pixels.dtype == np.uint16
     degradation = build_degradation(spec, scale)
-    if not degradation.has_nodes:
+    if isinstance(degradation, Chain):  # on every device, so that validation is the same on all
         drawn = degradation.draw(numbers, *size)
         keys = words[-KEYS:].tolist()
         workspace = Workspace()

@@ -89,8 +89,9 @@ class CropSource:
 
     With `degrades_on_host` (CPU graphs only), LR is made by the degradation's own host chain if it
     has one; a degradation that has nothing else is always made on the host. `columns` then omits
-    the arrays that the graph would need for it, and `degraded` returns what was drawn. The samples
-    in `excluded` are made from another file.
+    the arrays that the graph would need for it, and `degraded` returns what was drawn. Otherwise
+    the graph makes LR, or if `is_split`, its first steps. The samples in `excluded` are made from
+    another file.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class CropSource:
         self.degrades_on_host = len(self.degradations) > 1 or (
             self.degradation.has_host_chain and (degrades_on_host or not self.degradation.has_nodes)
         )
+        # Whether the graph makes LR's first steps and the host the others, and noise on LR.
+        self.is_split = not self.degrades_on_host and self.degradation.is_split
         self.lr_noise = LrNoise(spec.lr_noise) if spec.lr_noise.probability else None
         self.has_brightness = spec.brightness.probability > 0
         # Making LR needs pixels around the crop; paired LR does not.
@@ -140,8 +143,16 @@ class CropSource:
             "transpose",
             *(("brightness",) if self.has_brightness else ()),
         )
+        ends_in_graph = not (self.degrades_on_host or self.is_split)
+        self.noises_in_graph = ends_in_graph and self.lr_noise is not None
+        # Whether the graph cuts LR out of a region that it has turned.
+        self.cuts_turned = ends_in_graph and self.degradation.turns_first
         if not self.degrades_on_host:
-            self.columns += (*self.degradation.columns, *(LrNoise.columns if self.lr_noise else ()))
+            self.columns += (
+                *(("turned_start",) if self.cuts_turned else ()),
+                *self.degradation.columns,
+                *(LrNoise.columns if self.noises_in_graph else ()),
+            )
         # Whether the graph decodes.
         self.has_streams = any(side.has_streams for side in (self.hr, self.lr) if side)
         # Messages for the user about irregularities, until the caller removes them.
@@ -473,7 +484,10 @@ class CropSource:
             for sample, of in zip(samples, keys, strict=True)
         ]
         columns = [[one[name] for one in made] for name in self.degradation.columns]
-        if self.lr_noise:
+        if self.cuts_turned:
+            corners = [sample.corner(self.crop, is_turned=True) for sample in samples]
+            columns.insert(0, [np.array(corner, np.int32) for corner in corners])
+        if self.lr_noise and self.noises_in_graph:
             shape = self.crop // self.scale, self.crop // self.scale
             fields = [
                 # Its keys are the last two; degradations use those before.

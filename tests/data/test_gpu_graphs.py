@@ -24,11 +24,24 @@ from test_degradations import CROP, photographs, source
 from conftest import photograph
 from pipeline.data import reader
 from pipeline.data.decoding import HostDecoder
+from pipeline.data.degrading import HostDegraded
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource
 
 NOISE = {"lr_noise": {"probability": 0.5}}
 BRIGHT = {"brightness": {"probability": 0.5}}
+CHAIN = {
+    "name": "chain",
+    "steps": [
+        "blur",
+        {"one_of": [{"noise": {"kind": ["gaussian", "poisson"]}}, "none"]},
+        {"sometimes": {"probability": 0.5, "steps": [{"sharpen": {"kind": ["unsharp", "usm"]}}]}},
+        {"color": {"probability": 0.5}},
+        "compress",
+        {"resize": {"to": "lr"}},
+    ],
+}
+SPLIT = {"name": "chain", "steps": [*CHAIN["steps"], "chroma", "noise"]}
 KINDS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "npy": ((".npy",), {}),
     "PNG": ((".png",), {}),
@@ -45,6 +58,13 @@ KINDS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
         {"degradation": {"name": "realesrgan", "second": {"resize_range": (0.3, 3)}}},
     ),
     "sharpened": ((".npy", ".jpg"), {"degradation": "realesrgan", "sharpen_hr": True} | BRIGHT),
+    "chain": ((".npy",), {"degradation": CHAIN}),
+    "chain, all": ((".npy", ".jpg"), {"degradation": CHAIN, "sharpen_hr": True} | BRIGHT | NOISE),
+    "chain, split": ((".npy",), {"degradation": SPLIT}),
+    "chain, split, all": (
+        (".npy", ".jpg"),
+        {"degradation": SPLIT, "sharpen_hr": True} | BRIGHT | NOISE,
+    ),
     "paired": ((".npy",), {"degradation": "paired"}),
     "paired JPEG": ((".npy", ".jpg"), {"degradation": "paired"} | NOISE),
 }
@@ -170,6 +190,10 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
     )
     # so that outputs can be requested on a stream and live as long as they are held
     assert pipeline.exec_dynamic
+    is_split = "split" in kind
+    if is_split:
+        assert isinstance(pipeline, HostDegraded)
+        pipeline = pipeline._pipeline
     made = operators(pipeline)
     decoders = [one for one in made if one.name.startswith("decoders__")]
     sides = 1 + crops.spec.degradation.reads_lr
@@ -203,12 +227,15 @@ def test_a_graph_for_a_gpu_works_on_the_gpu(
     # fn.flip would launch one kernel per sample.
     counts = Counter(one.name for one in made)
     assert not counts["Flip"]
-    assert counts["Transpose"] == counts["CropMirrorNormalize"] == 2
+    # To CHW, either way: HR, and LR unless the host finishes it. Chains turn the region before.
+    turns_first = crops.degradation.turns_first
+    assert counts["CropMirrorNormalize"] == (1 if turns_first else 2)
+    assert counts["Transpose"] == (3 if turns_first and not is_split else 2)
 
 
 def test_what_the_host_degrades_does_not_touch_the_gpu(tmp_path: Path) -> None:
     names = photographs(tmp_path, (96, 96))
-    chain = {"name": "chain", "steps": ["blur", "noise"]}
+    chain = {"name": "chain", "steps": ["chroma", "blur", "noise"]}
     made = []
     for device_id in (0, None):
         crops = source(tmp_path, names, scale=2, micro_batch=2, degradation=chain)

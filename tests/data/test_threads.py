@@ -172,6 +172,7 @@ def test_the_step_that_training_waits_for_is_measured(
         scale=2,
         seed=0,
         position=Position(0, 1, 4),
+        degrades_on_host=True,
     )
     loader = Loader(source, 0, torch.device("cpu"), threads=2, prefetch=1)
     meter = TrainMeter(Ranks(device=torch.device("cpu")), 100, 4)

@@ -61,13 +61,16 @@ class Degradation:
     columns: tuple[str, ...] = ()  # names of a sample's arrays that the nodes need
     # Whether it has an `lr_on_host` that is faster on a CPU than the nodes.
     has_host_chain: ClassVar[bool] = False
-    has_nodes: ClassVar[bool] = True  # whether it has the nodes of `lr`
     # Whether LR is a weighted mean of pixels, so that `lr` may get them as uint16 and makes uint16.
     # Levels are then not computed for every HR pixel, which takes longer than to make LR.
     is_linear: ClassVar[bool] = False
     # Whether the region is flipped and transposed before LR is made, and not LR afterwards. What is
-    # drawn is then for the region as it is transposed. Only without nodes.
+    # drawn is then for the region as it is transposed.
     turns_first: ClassVar[bool] = False
+    has_nodes: bool = True  # whether it has the nodes of `lr`
+    # Whether these make only the first steps, so that `lr` returns all of the region, as FP32
+    # levels that are neither clipped nor rounded, and `rest_on_host` goes on.
+    is_split: bool = False
 
     def __init__(self, spec: Any, scale: int) -> None:
         self.spec, self.scale = spec, scale
@@ -132,6 +135,20 @@ class Degradation:
         and `size` are in HR pixels and multiples of the scale. The result equals, up to rounding,
         what `lr` makes from the arrays of the same `parameters` and `keys`. It is valid until
         `workspace`, a `host.Workspace`, is used again.
+        """
+        raise NotImplementedError
+
+    def rest_on_host(
+        self,
+        parameters: Parameters,
+        image: NDArray[np.float32],
+        start: tuple[int, int],
+        size: tuple[int, int],
+        workspace: Any,
+    ) -> NDArray[Any]:
+        """Return LR from what the nodes of `lr` made, which may be overwritten, if `is_split`.
+
+        See `lr_on_host` for the arguments and the result, which may be neither clipped nor rounded.
         """
         raise NotImplementedError
 
@@ -211,6 +228,24 @@ def filtered(image: Any, kernel: Any) -> Any:
     # `filter` left `experimental` in DALI 2.4.
     filter2d = getattr(fn, "filter", None) or fn.experimental.filter
     return filter2d(image, kernel, border="reflect_101", dtype=types.FLOAT)
+
+
+def resized(image: Any, size: Any, interpolation: Any) -> Any:
+    """Return a node of `image` (HWC) resized without antialiasing, linear or cubic per sample.
+
+    size: node of FP32 (height, width); interpolation: node of an `interpolation`.
+    """
+    from nvidia.dali import fn, types
+
+    how = fn.cast(interpolation, dtype=types.DALIDataType.INTERP_TYPE)
+    return fn.resize(image, size=size, interp_type=how, antialias=False)
+
+
+def interpolation(kind: str) -> NDArray[np.int32]:
+    """Return DALI's number for "cubic" (Keys, a = -0.5) or, for any other kind, linear."""
+    from nvidia.dali import types
+
+    return np.array(int(types.INTERP_CUBIC if kind == "cubic" else types.INTERP_LINEAR), np.int32)
 
 
 def through_jpeg(image: Any, quality: Any) -> Any:

@@ -17,6 +17,7 @@ list and the pixels determine the result, so any sample can be explained and mad
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
@@ -36,7 +37,14 @@ from pydantic import (
 from pipeline.cli import nearest
 from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes, OnDevice
 from pipeline.data.degradations.steps import STEPS
-from pipeline.data.degradations.steps.base import NUMBERS, Canvas, Draws, Image, Parameters
+from pipeline.data.degradations.steps.base import (
+    NUMBERS,
+    Canvas,
+    Draws,
+    Image,
+    Parameters,
+    StepNodes,
+)
 from pipeline.spec import Probability, Spec
 
 GROUPS = ("one_of", "sometimes", "shuffle")
@@ -188,11 +196,14 @@ def _walk(items: Sequence[Any]) -> Iterator[Any]:
 
 
 class Chain(Degradation):
-    """A list of steps, run by threads of the host."""
+    """A list of steps, run by threads of the host, on a GPU after the first ones.
+
+    A graph makes the leading steps that have nodes: those of `leading`. It makes all of LR if these
+    are all steps and leave it with LR's size.
+    """
 
     Spec = ChainSpec
     has_host_chain = True
-    has_nodes = False
     turns_first = True  # scan lines, fields and echoes have a direction
     spec: ChainSpec
 
@@ -201,6 +212,17 @@ class Chain(Degradation):
         # Each step and group has random numbers of its own, by its position in the recipe. What is
         # drawn for one does not depend on how many numbers the others use.
         self._numbers = {id(item): i for i, item in enumerate(_walk(spec.steps))}
+        items = [*itertools.takewhile(_has_nodes, spec.steps)]
+        # The steps in the order in which those that take place do so. No choice of `one_of` needs
+        # a branch of its own: which steps take place says it.
+        self.leading = [_kind(item) for item in _walk(items) if _kind(item) in STEPS]
+        self.has_nodes = bool(self.leading)
+        self.is_split = len(items) < len(spec.steps) or not _ends_at_lr(items, scale)
+        self.columns = tuple(
+            f"{place}_{column}"
+            for place, name in enumerate(self.leading)
+            for column in ("takes_place", *_nodes_of(name).columns)
+        )
 
     def check(self) -> None:
         for item in _walk(self.spec.steps):
@@ -272,7 +294,48 @@ class Chain(Degradation):
         *,
         as_float: bool,
     ) -> Any:
-        raise NotImplementedError("a chain runs on the host")
+        from nvidia.dali import fn, types
+
+        image = fn.cast(region, dtype=types.FLOAT)
+        for place, name in enumerate(self.leading):
+            own = {column: nodes[f"{place}_{column}"] for column in _nodes_of(name).columns}
+            takes_place = nodes[f"{place}_takes_place"]
+            if takes_place:
+                image = _nodes_of(name).add(image, own, on_device)
+        if self.is_split:
+            return image
+        low = [side // self.scale for side in size]
+        lr = fn.slice(image, start=nodes["start"] // self.scale, shape=low, axes=[0, 1])
+        return lr if as_float else fn.cast(lr, dtype=types.UINT8)
+
+    def arrays(self, parameters: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
+        size, arrays = tuple(parameters["region"]), {}
+        for place, drawn in enumerate(self._by_place(parameters)):
+            name = self.leading[place]
+            nodes = _nodes_of(name)
+            values = nodes.arrays(drawn, size) if drawn else nodes.arrays(nodes.idle, (1, 1))
+            arrays[f"{place}_takes_place"] = np.array(drawn is not None)
+            for column, value in zip(nodes.columns, values, strict=True):
+                arrays[f"{place}_{column}"] = value
+            size = tuple((drawn or {}).get("size", size))
+        return arrays
+
+    def _by_place(self, parameters: Parameters) -> list[Parameters | None]:
+        """Return what was drawn for each of `leading`, None for those that do not take place.
+
+        The first steps of a sample's list go to the first places where they fit. A step that was
+        drawn for a later item of the recipe may be among them, which makes no difference: the steps
+        are done in the order of the list.
+        """
+        steps, placed = iter(parameters["steps"]), []
+        drawn = next(steps, None)
+        for name in self.leading:
+            if drawn and drawn["step"] == name and _nodes_of(name).fits(drawn):
+                placed.append(drawn)
+                drawn = next(steps, None)
+            else:
+                placed.append(None)
+        return placed
 
     def lr_on_host(
         self,
@@ -286,13 +349,63 @@ class Chain(Degradation):
         from pipeline.data.degradations import host
 
         is_deep = region.dtype == np.float32
-        lr = run(region, parameters["steps"], workspace)
+        part = self._part(run(region, parameters["steps"], workspace), start, size)
+        # In a run of 16 bits, `part` is rounded to those.
+        return part if is_deep else host.rounded(part, workspace)
+
+    def rest_on_host(
+        self,
+        parameters: Parameters,
+        image: NDArray[np.float32],
+        start: tuple[int, int],
+        size: tuple[int, int],
+        workspace: Any,
+    ) -> NDArray[Any]:
+        done = sum(drawn is not None for drawn in self._by_place(parameters))
+        return self._part(run(image, parameters["steps"][done:], workspace), start, size)
+
+    def _part(self, lr: Image, start: tuple[int, int], size: tuple[int, int]) -> Image:
+        """Return the part of LR that was asked for in pixels of HR."""
         (top, left), (height, width) = (
             [side // self.scale for side in place] for place in (start, size)
         )
-        part = np.ascontiguousarray(lr[top : top + height, left : left + width])
-        # In a run of 16 bits, `part` is rounded to those.
-        return part if is_deep else host.rounded(part, workspace)
+        return np.ascontiguousarray(lr[top : top + height, left : left + width])
+
+
+def _nodes_of(name: str) -> StepNodes:
+    nodes = STEPS[name].nodes
+    assert nodes is not None, name
+    return nodes
+
+
+def _has_nodes(item: Any) -> bool:
+    """Whether a graph can do a step or group, whatever is drawn for it."""
+    for part in _walk([item]):
+        name = _kind(part)
+        nodes = STEPS[name].nodes if name in STEPS else None
+        if name == "shuffle" or (
+            name in STEPS and (nodes is None or not nodes.covers(getattr(part, name)))
+        ):
+            return False
+    return True
+
+
+def _ends_at_lr(items: Sequence[Any], scale: int, is_there: bool | None = None) -> bool:
+    """Whether the image has LR's size after `items`, whatever is drawn for them.
+
+    is_there: whether it has it before; without it, the image has HR's size.
+    """
+    is_there = scale == 1 if is_there is None else is_there
+    for item in items:
+        if isinstance(item, OneOf):
+            choices = [_ends_at_lr(choice.steps, scale, is_there) for choice in item.one_of]
+            is_there = all(choices)
+        elif isinstance(item, Sometimes):
+            is_there = is_there and _ends_at_lr(item.sometimes.steps, scale, is_there)
+        elif _kind(item) == "resize":
+            is_lr = item.resize.to == "lr" or (item.resize.to == "hr" and scale == 1)
+            is_there = is_lr and (is_there or item.resize.probability == 1)
+    return is_there
 
 
 def run(image: Image, steps: Sequence[Parameters], workspace: Any) -> Image:

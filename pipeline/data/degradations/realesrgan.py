@@ -24,6 +24,8 @@ from pipeline.data.degradations.base import (
     Parameters,
     between,
     filtered,
+    interpolation,
+    resized,
     through_jpeg,
 )
 from pipeline.spec import Exponent, Factor, Levels, Probability, Quality, Range, Sigma, Spec
@@ -214,7 +216,7 @@ class RealEsrgan(Degradation):
         arrays["final_kernel"] = (
             kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
         )
-        arrays["final_mode"] = _mode(final["mode"])
+        arrays["final_mode"] = interpolation(final["mode"])
         if self.has_final_box:
             arrays["final_box"] = _area_box(final["mode"], sizes[0] / (height // self.scale))
         arrays["sinc_first"] = np.array(final["sinc_first"])
@@ -306,7 +308,7 @@ class RealEsrgan(Degradation):
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
         if self.has_final_box:
             image = filtered(image, on_device(nodes["final_box"]))
-        return filtered(_resized(image, low, nodes["final_mode"]), on_device(nodes["final_kernel"]))
+        return filtered(resized(image, low, nodes["final_mode"]), on_device(nodes["final_kernel"]))
 
 
 def _draw_round(
@@ -404,7 +406,7 @@ def _round_arrays(part: str, drawn: Parameters, keys: Sequence[int]) -> dict[str
     arrays = {
         "kernel": _kernel(drawn),
         "size": np.array(drawn["size"], np.float32),
-        "mode": _mode(drawn["mode"]),
+        "mode": interpolation(drawn["mode"]),
         "poisson": np.array(drawn["noise"] == "poisson"),
         "gray": np.array(drawn["gray"]),
         **dict(zip(noise.NoiseKeys._fields, fields, strict=True)),
@@ -422,24 +424,18 @@ def _area_box(mode: str, ratio: float) -> NDArray[np.float32]:
     )
 
 
-def _mode(name: str) -> NDArray[np.int32]:
-    from nvidia.dali import types
-
-    return np.array(int(types.INTERP_CUBIC if name == "cubic" else types.INTERP_LINEAR), np.int32)
-
-
 def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDevice) -> Any:
     """Return a node of FP32 levels, not clipped, after one round without its JPEG."""
     blurred = filtered(image, on_device(nodes[f"{part}_kernel"]))
-    resized = _resized(blurred, nodes[f"{part}_size"], nodes[f"{part}_mode"])
+    small = resized(blurred, nodes[f"{part}_size"], nodes[f"{part}_mode"])
     normal = noise.standard_normal(
         *(on_device(nodes[f"{part}_{name}"]) for name in noise.NoiseKeys._fields)
     )
     level, is_poisson = nodes[f"{part}_level"], nodes[f"{part}_poisson"]
     if is_poisson:
-        noisy = noise.add_poisson(resized, normal, level, gray=nodes[f"{part}_gray"])
+        noisy = noise.add_poisson(small, normal, level, gray=nodes[f"{part}_gray"])
     else:
-        noisy = noise.add_gaussian(resized, normal, level)
+        noisy = noise.add_gaussian(small, normal, level)
     return noisy
 
 
@@ -469,11 +465,3 @@ def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> s
         if target < 0:
             return name
     return names[-1]
-
-
-def _resized(image: Any, size: Any, mode: Any) -> Any:
-    """Return a node of `image` resized without antialiasing, linear or cubic for each sample."""
-    from nvidia.dali import fn, types
-
-    interpolation = fn.cast(mode, dtype=types.DALIDataType.INTERP_TYPE)
-    return fn.resize(image, size=size, interp_type=interpolation, antialias=False)

@@ -95,6 +95,26 @@ class Draws:
         return [halves[0] << 32 | halves[1], halves[2] << 32 | halves[3]]
 
 
+Size = tuple[int, int]  # height, width
+
+
+class StepNodes(NamedTuple):
+    """A step as nodes of a DALI graph, for GPUs; they make what `apply` makes, up to rounding."""
+
+    columns: tuple[str, ...]  # names of a sample's arrays that the nodes need
+    arrays: Callable[[Parameters, Size], tuple[Any, ...]]
+    """The arrays of `columns` from what was drawn and the size of the image before."""
+    idle: Parameters
+    """Parameters that make small arrays, for samples without the step."""
+    add: Callable[[Any, Mapping[str, Any], Callable[[Any], Any]], Any]
+    """From nodes of an image (HWC, FP32, neither clipped nor rounded) and of `columns` on the CPU,
+    and a function that takes a node to the device: the node of such an image after the step."""
+    covers: Callable[[Any], bool] = lambda spec: True
+    """Whether they can do all that may be drawn for a spec."""
+    fits: Callable[[Parameters], bool] = lambda drawn: True
+    """Whether they can do what was drawn."""
+
+
 class Step(NamedTuple):
     """A row of `STEPS`."""
 
@@ -104,6 +124,7 @@ class Step(NamedTuple):
     apply: Callable[[Image, Parameters, Any], Image]
     check: Callable[[Any], None] = lambda spec: None
     """Raises `UserError` if this machine cannot do what the spec asks for."""
+    nodes: StepNodes | None = None
 
 
 def shares_of(*names: str) -> Any:

@@ -6,17 +6,21 @@ The shapes and draws of `gaussian` to `sinc` are those of Real-ESRGAN.
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from pipeline.data.degradations.base import OnDevice, filtered
 from pipeline.data.degradations.steps.base import (
     Canvas,
     Draws,
     Image,
     Parameters,
+    Size,
+    StepNodes,
     StepSpec,
     shares_of,
 )
@@ -155,3 +159,23 @@ def apply(image: Image, drawn: Parameters, workspace: object) -> Image:
         out = workspace.array("median", image.shape, image.dtype, apart_from=image)
         return cv2.medianBlur(image, 2 * drawn["radius"] + 1, dst=out)
     return host.filtered(image, kernel(drawn), workspace)
+
+
+def _arrays(drawn: Parameters, size: Size) -> tuple[Any, ...]:
+    from pipeline.data.degradations import host
+
+    return (host.trimmed(kernel(drawn)),)
+
+
+def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
+    return filtered(image, on_device(nodes["kernel"]))
+
+
+NODES = StepNodes(
+    columns=("kernel",),
+    arrays=_arrays,
+    idle={"kind": "box", "radius": 0.0},
+    add=_add,
+    covers=lambda spec: not spec.kind.get("median"),
+    fits=lambda drawn: drawn["kind"] != "median",
+)

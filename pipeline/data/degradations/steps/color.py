@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.data.degradations.base import OnDevice
 from pipeline.data.degradations.steps.base import (
     Canvas,
     Draws,
     Image,
     Parameters,
+    Size,
+    StepNodes,
     StepSpec,
     levels,
     to_ycc,
@@ -64,7 +69,15 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
         image, scale, black = np.copysign(power, image), 255, 0.0
     else:
         black = drawn["black"]
-    # What remains is one matrix: hue and saturation leave gray as it is.
+    return cv2.transform(image, _matrix(drawn, scale, black))
+
+
+def _matrix(drawn: Parameters, scale: float, black: float) -> NDArray[np.float32]:
+    """Return all but the gamma as one matrix of (R, G, B, 1), (3, 4).
+
+    The level `black` becomes 0, and `scale` is the factor of levels and white balance.
+    """
+    # Hue and saturation leave gray as it is.
     turn, saturation = math.radians(drawn["hue"]), drawn["saturation"]
     chroma = np.eye(3)
     chroma[1:, 1:] = saturation * np.array(
@@ -73,4 +86,35 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
     warmth = np.array([1 + drawn["temperature"], 1, 1 - drawn["temperature"]])
     mixed = np.linalg.inv(to_ycc()) @ chroma @ to_ycc() * (drawn["contrast"] * scale * warmth)
     offset = 127.5 * (1 - drawn["contrast"]) + drawn["brightness"] - mixed.sum(1) * black
-    return cv2.transform(image, np.column_stack([mixed, offset]).astype(np.float32))
+    return np.column_stack([mixed, offset]).astype(np.float32)
+
+
+def _arrays(drawn: Parameters, size: Size) -> tuple[Any, ...]:
+    black, white = drawn["black"], drawn["white"]
+    return (
+        *(np.array(value, np.float32) for value in (black, 1 / (white - black), drawn["gamma"])),
+        _matrix(drawn, 255, 0),
+    )
+
+
+def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
+    from nvidia.dali import fn, types
+    from nvidia.dali import math as dali_math
+
+    part = (image - nodes["black"]) * nodes["scale"]
+    # Levels beyond black keep their sign.
+    sign = 1.0 - 2.0 * fn.cast(part < 0.0, dtype=types.FLOAT)
+    power = dali_math.pow(dali_math.abs(part), nodes["gamma"])
+    return fn.coord_transform(power * sign, MT=nodes["matrix"])
+
+
+NODES = StepNodes(
+    columns=("black", "scale", "gamma", "matrix"),
+    arrays=_arrays,
+    idle={
+        **dict.fromkeys(("black", "temperature", "brightness", "hue"), 0.0),
+        **dict.fromkeys(("gamma", "contrast", "saturation"), 1.0),
+        "white": 255.0,
+    },
+    add=_add,
+)

@@ -8,17 +8,21 @@ thread each and release the GIL.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.cli import UserError, nearest
+from pipeline.data.degradations.base import OnDevice, through_jpeg
 from pipeline.data.degradations.steps.base import (
     Canvas,
     Draws,
     Image,
     Parameters,
+    Size,
+    StepNodes,
     StepSpec,
     shares_of,
 )
@@ -339,3 +343,29 @@ def versions() -> dict[str, str]:
 def _found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
     return match[1].strip() if match else "unknown"
+
+
+def _arrays(drawn: Parameters, size: Size) -> tuple[Any, ...]:
+    return (np.array(drawn["quality"], np.int32),)
+
+
+def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
+    from nvidia.dali import fn, types
+
+    return fn.cast(through_jpeg(image, nodes["quality"]), dtype=types.FLOAT)
+
+
+NODES = StepNodes(
+    columns=("quality",),
+    arrays=_arrays,
+    idle={"quality": 50},
+    add=_add,
+    covers=lambda spec: (
+        [name for name, share in spec.codec.items() if share] == ["jpeg"]
+        and [name for name, share in spec.subsampling.items() if share] == ["420"]
+        and round(spec.passes[1]) == 1
+    ),
+    fits=lambda drawn: (
+        (drawn["codec"], drawn["subsampling"]) == ("jpeg", "420") and "again" not in drawn
+    ),
+)

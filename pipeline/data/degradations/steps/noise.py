@@ -8,18 +8,23 @@ library's distribution, which another version may change, is part of a sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from pipeline.data.degradations import noise
+from pipeline.data.degradations.base import OnDevice
 from pipeline.data.degradations.steps.base import (
     LUMA,
     Canvas,
     Draws,
     Image,
     Parameters,
+    Size,
+    StepNodes,
     StepSpec,
     levels,
     shares_of,
@@ -120,7 +125,7 @@ def draw(spec: NoiseSpec, draws: Draws, canvas: Canvas) -> Parameters:
 
 
 def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
-    from pipeline.data.degradations import host, noise
+    from pipeline.data.degradations import host
 
     image, kind, level = levels(image), drawn["kind"], drawn["level"]
     (height, width), channels = image.shape[:2], 1 if drawn["gray"] else 3
@@ -165,7 +170,7 @@ def _grain(
     words: tuple[int, int], height: int, width: int, channels: int, sigma: float, workspace: Any
 ) -> NDArray[np.float32]:
     """Return white noise blurred with a Gaussian, with a variance of 1."""
-    from pipeline.data.degradations import host, kernels, noise
+    from pipeline.data.degradations import host, kernels
 
     radius = math.ceil(3 * sigma)
     taps = kernels.gaussian_kernel(2 * radius + 1, sigma, sigma, 0).sum(0)
@@ -230,3 +235,37 @@ def _lattice(length: int, cell: float, offset: float) -> tuple[Any, Any, tuple[A
     inside = (places - first).astype(np.float32)
     after = ((6 * inside - 15) * inside + 10) * inside**3
     return first, inside, (1 - after, after)
+
+
+def _arrays(drawn: Parameters, size: Size) -> tuple[Any, ...]:
+    words = (drawn["words"][0], drawn["words"][1])
+    return (
+        np.array(drawn["kind"] == "poisson"),
+        np.array(drawn["gray"]),
+        *noise.noise_keys(words, *size, 1 if drawn["gray"] else 3),
+        np.array(drawn["level"], np.float32),
+    )
+
+
+def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
+    normal = noise.standard_normal(*(on_device(nodes[name]) for name in noise.NoiseKeys._fields))
+    is_poisson = nodes["is_poisson"]
+    if is_poisson:
+        noisy = noise.add_poisson(image, normal, nodes["level"], gray=nodes["gray"])
+    else:
+        noisy = noise.add_gaussian(image, normal, nodes["level"])
+    return noisy
+
+
+IN_GRAPH = ("gaussian", "poisson")
+NODES = StepNodes(
+    columns=("is_poisson", "gray", *noise.NoiseKeys._fields, "level"),
+    arrays=_arrays,
+    idle={"kind": "gaussian", "gray": True, "words": (0, 0), "level": 0.0},
+    add=_add,
+    covers=lambda spec: (
+        all(kind in IN_GRAPH for kind, share in spec.kind.items() if share)
+        and not (spec.kind.get("gaussian") and spec.space.get("ycc"))
+    ),
+    fits=lambda drawn: drawn["kind"] in IN_GRAPH and "space" not in drawn,
+)

@@ -6,16 +6,21 @@ Pixel centres are aligned: nothing moves. Only `cubic_antialiased`, `hermite`, `
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from pipeline.data.degradations import kernels
+from pipeline.data.degradations.base import OnDevice, filtered, interpolation, resized
 from pipeline.data.degradations.steps.base import (
     Canvas,
     Draws,
     Image,
     Parameters,
+    Size,
+    StepNodes,
     StepSpec,
     levels,
     shares_of,
@@ -147,7 +152,7 @@ def apply(image: Image, drawn: Parameters, workspace: object) -> Image:
 
 
 def _resized(image: Image, sides: list[int], kind: str, workspace: object) -> Image:
-    from pipeline.data.degradations import host, kernels
+    from pipeline.data.degradations import host
     from pipeline.libraries import cv2
 
     size = sides[0], sides[1]
@@ -163,9 +168,14 @@ def _resized(image: Image, sides: list[int], kind: str, workspace: object) -> Im
         out = workspace.array("resized", (*size, 3), source.dtype, apart_from=source)
         return cv2.resize(source, sides[::-1], dst=out, interpolation=how)
     if kind == "area":
-        box = kernels.with_box(kernels.delta_kernel(), image.shape[0] / sides[0])
-        image = host.filtered(image, box, workspace)
+        image = host.filtered(image, _box(kind, image.shape[0] / sides[0]), workspace)
     return host.resized(image, size, is_cubic=kind == "cubic", workspace=workspace)
+
+
+def _box(kind: str, ratio: float) -> kernels.Kernel:
+    """Return the kernel before linear sampling; `ratio` is the size before / the size after."""
+    kernel = kernels.delta_kernel()
+    return kernels.with_box(kernel, ratio) if kind == "area" else kernel
 
 
 def _as_matlab(image: Image, size: tuple[int, int], workspace: object) -> Image:
@@ -187,3 +197,30 @@ def _as_matlab(image: Image, size: tuple[int, int], workspace: object) -> Image:
         out[...] = resized
         image = out
     return image
+
+
+def _arrays(drawn: Parameters, size: Size) -> tuple[Any, ...]:
+    return (
+        _box(drawn["kind"], size[0] / drawn["size"][0]),
+        np.array(drawn["size"], np.float32),
+        interpolation(drawn["kind"]),
+    )
+
+
+def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
+    image = filtered(image, on_device(nodes["box"]))
+    return resized(image, nodes["size"], nodes["interpolation"])
+
+
+IN_GRAPH = ("area", "linear", "cubic")
+NODES = StepNodes(
+    columns=("box", "size", "interpolation"),
+    arrays=_arrays,
+    idle={"kind": "linear", "size": (1, 1)},
+    add=_add,
+    covers=lambda spec: (
+        all(kind in IN_GRAPH for kind, share in spec.kind.items() if share)
+        and not (spec.detour.up or spec.detour.down)
+    ),
+    fits=lambda drawn: drawn["kind"] in IN_GRAPH and "through" not in drawn,
+)

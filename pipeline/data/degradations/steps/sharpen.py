@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.data.degradations import kernels
+from pipeline.data.degradations.base import OnDevice, filtered
 from pipeline.data.degradations.steps.base import (
     Canvas,
     Draws,
     Image,
     Parameters,
+    Size,
+    StepNodes,
     StepSpec,
     levels,
     shares_of,
@@ -72,7 +77,7 @@ def _by_hard_mask(
     """image + amount d where |d| > threshold; d is the image less its blur."""
     from pipeline.libraries import cv2
 
-    detail = _detail(image, sigma, 2 * math.ceil(4 * sigma) + 1, workspace)
+    detail = _detail(image, sigma, _side("unsharp", sigma), workspace)
     if threshold:
         cv2.multiply(detail, _above(detail, threshold, image, workspace), dst=detail)
     return cv2.scaleAdd(detail, amount, image, dst=detail)
@@ -85,8 +90,7 @@ def _by_soft_mask(
     from pipeline.data.degradations import host
     from pipeline.libraries import cv2
 
-    # OpenCV's rule gives sigma = 0.3 (side / 2 - 1.5) + 0.8 to a side.
-    side = 2 * max(round((sigma - 0.8) / 0.3 + 1), math.ceil(2 * sigma)) + 1
+    side = _side("usm", sigma)
     detail = _detail(image, sigma, side, workspace)
     mask = _above(detail, threshold, image, workspace)
     sharper = cv2.scaleAdd(detail, amount, image, dst=detail)
@@ -99,9 +103,15 @@ def _by_soft_mask(
     return cv2.add(result, cv2.multiply(change, soft, dst=change), dst=result)
 
 
-def _kernel(sigma: float, side: int) -> NDArray[np.float32]:
-    from pipeline.data.degradations import kernels
+def _side(kind: str, sigma: float) -> int:
+    """Return the side of the blur's kernel."""
+    if kind == "unsharp":
+        return 2 * math.ceil(4 * sigma) + 1
+    # OpenCV's rule gives sigma = 0.3 (side / 2 - 1.5) + 0.8 to a side.
+    return 2 * max(round((sigma - 0.8) / 0.3 + 1), math.ceil(2 * sigma)) + 1
 
+
+def _kernel(sigma: float, side: int) -> NDArray[np.float32]:
     return kernels.gaussian_kernel(side, sigma, sigma, 0)
 
 
@@ -126,3 +136,53 @@ def _above(
     mask = workspace.array("mask", detail.shape, apart_from=image)
     np.abs(detail, out=mask)
     return cv2.threshold(mask, threshold, 1, cv2.THRESH_BINARY, dst=mask)[1]
+
+
+def _arrays(drawn: Parameters, size: Size) -> tuple[Any, ...]:
+    sigma, kind = drawn["sigma"], drawn["kind"]
+    line = _kernel(sigma, _side(kind, sigma)).sum(axis=0)
+    return (
+        np.array(kind == "usm"),
+        line[None],
+        line[:, None],
+        np.array(drawn["amount"], np.float32),
+        np.array(drawn["threshold"], np.float32),
+    )
+
+
+def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
+    row, column = on_device(nodes["row"]), on_device(nodes["column"])
+    is_soft, amount, threshold = nodes["is_soft"], nodes["amount"], nodes["threshold"]
+    if is_soft:
+        sharper = by_soft_mask(image, row, column, amount, threshold)
+    else:
+        detail = image - filtered(filtered(image, row), column)
+        sharper = image + detail * _is_above(detail, threshold) * amount
+    return sharper
+
+
+def by_soft_mask(levels: Any, row: Any, column: Any, amount: Any, threshold: Any) -> Any:
+    """Return a node of FP32 `levels` sharpened as by `_by_soft_mask`.
+
+    row, column: nodes of the blur's kernel along a row, (1, side), and along a column, (side, 1).
+    """
+    from nvidia.dali import math as dali_math
+
+    detail = levels - filtered(filtered(levels, row), column)
+    mask = filtered(filtered(_is_above(detail, threshold), row), column)
+    return levels + mask * (dali_math.clamp(levels + detail * amount, 0.0, 255.0) - levels)
+
+
+def _is_above(detail: Any, threshold: Any) -> Any:
+    from nvidia.dali import fn, types
+    from nvidia.dali import math as dali_math
+
+    return fn.cast(dali_math.abs(detail) > threshold, dtype=types.FLOAT)
+
+
+NODES = StepNodes(
+    columns=("is_soft", "row", "column", "amount", "threshold"),
+    arrays=_arrays,
+    idle={"kind": "usm", "sigma": 0.5, "amount": 0.0, "threshold": 0.0},
+    add=_add,
+)
