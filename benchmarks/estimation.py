@@ -359,6 +359,9 @@ def _blur_cases() -> Iterator[Case]:
     for sigma in (0, 1, 2, 3):
         added = noise(5, is_gray=True)
         yield Case(f"blur {sigma}, then noise 5", sigma, in_order(blur(sigma), added), _blur)
+    for sigma in (0, 1, 2):
+        steps = in_order(blur(sigma), noise(5, is_gray=True), jpeg(75))
+        yield Case(f"blur {sigma}, then noise 5, then JPEG 75", sigma, steps, _blur)
 
 
 def _enlargement_cases() -> Iterator[Case]:

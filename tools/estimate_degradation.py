@@ -97,7 +97,10 @@ def main(options: Options) -> int:
     names = _names(root, options)
     threads = thread_count(options.threads)
     out = (options.out or Path(f"{root.resolve().name or 'degradation'}.yaml")).expanduser()
-    _check_target(out)
+    _check_target("--out", out)
+    if options.json:
+        _check_target("--json", options.json.expanduser())
+    _check_is_ours(out)
     prepare_decoders()
     started = time.monotonic()
     images: list[Measurement] = []
@@ -159,14 +162,21 @@ def _names(root: Path, options: Options) -> list[str]:
     return names
 
 
-def _check_target(out: Path) -> None:
-    """Raise `UserError` if the preset cannot go there, before the work begins."""
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; give a file, such as {out / 'preset.yaml'}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: no such folder {out.parent}; make it, or choose another")
+def _check_target(flag: str, path: Path) -> None:
+    """Raise `UserError` if a file cannot go there, before the work begins."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; give a file, such as {path / 'lr'}")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: no such folder {path.parent}; make it, or choose another")
+
+
+def _check_is_ours(out: Path) -> None:
+    """Raise `UserError` if the preset would overwrite a file that is not one."""
     try:
-        begins = out.read_bytes()[: len(MARK)] if out.exists() else MARK.encode()
+        with open(out, "rb") as file:
+            begins = file.read(len(MARK))
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be read: {error.strerror}; choose another file"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import yaml
 
 from dataset_corpus import (
@@ -18,7 +19,9 @@ from dataset_corpus import (
     wheel_photograph,
     write_files,
 )
+from pipeline.cli import UserError
 from tools.crops.grid import halved
+from tools.estimate_degradation import Options, main
 
 
 def low_quality_files() -> dict[str, bytes]:
@@ -144,14 +147,20 @@ def test_user_errors(tmp_path: Path) -> None:
     write_files(tmp_path / "lr", {"a.png": encoded(sharp[:64, :64], "png")})
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.yaml").write_text("name: chain\n")
-    for arguments, words in (
-        ((tmp_path / "missing",), ["no such folder"]),
-        ((tmp_path / "empty",), ["no images", "LR"]),
-        ((tmp_path / "lr", "--sample", 0), ["--sample 0"]),
-        ((tmp_path / "lr", "--max-megapixels", 0), ["--max-megapixels"]),
-        ((tmp_path / "lr", "--out", tmp_path), ["is a folder"]),
-        ((tmp_path / "lr", "--out", tmp_path / "nowhere/x.yaml"), ["no such folder"]),
-        ((tmp_path / "lr", "--out", tmp_path / "mine.yaml"), ["not written by this tool"]),
+    lr, out = tmp_path / "lr", tmp_path / "out.yaml"
+    for options, words in (
+        (Options(tmp_path / "missing", out), "no such folder"),
+        (Options(tmp_path / "empty", out), "no images below this folder; give the folder of the"),
+        (Options(lr, out, sample=0), "--sample 0: must be at least 1"),
+        (Options(lr, out, threads=-1), "--threads -1"),
+        (Options(lr, out, max_megapixels=0), "--max-megapixels 0"),
+        (Options(lr, tmp_path), "is a folder; give a file"),
+        (Options(lr, tmp_path / "nowhere/x.yaml"), "no such folder .*; make it, or choose"),
+        (Options(lr, tmp_path / "mine.yaml"), "exists and was not written by this tool"),
+        (Options(lr, out, json=tmp_path / "nowhere/x.json"), "--json .* no such folder"),
     ):
-        assert_user_error(run_tool("estimate_degradation", *arguments), *words)
+        with pytest.raises(UserError, match=words):
+            main(options)
     assert (tmp_path / "mine.yaml").read_text() == "name: chain\n"
+    result = run_tool("estimate_degradation", lr, "--out", tmp_path / "mine.yaml")
+    assert_user_error(result, "--out", "mine.yaml", "choose another file")

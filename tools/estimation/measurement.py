@@ -106,12 +106,14 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
         borders = grid
         luma_noise, visible = noise.noise_below_jpeg(jpeg.block_dct(luma, grid), steps)
     enlargement = sharpness.find_enlargement(luma, remaining, borders)
+    # Noise below a JPEG is not white any more, but makes edges where it is strong.
+    at_edges = max(remaining, luma_noise)
     if enlargement is None:
         small = [luma, blue, red]
-        edge = sharpness.edge_sigma(luma, remaining, borders)
+        edge = sharpness.edge_sigma(luma, at_edges, borders)
     else:
         small = [sharpness.reduced(plane, enlargement.factor) for plane in (luma, blue, red)]
-        edge = sharpness.edge_sigma(small[0], remaining)
+        edge = sharpness.edge_sigma(small[0], at_edges)
     subsampling, chroma_noise = "gray" if is_gray else None, None
     if compression is not None:
         subsampling = compression.subsampling
