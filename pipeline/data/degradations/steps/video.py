@@ -58,6 +58,8 @@ class Coder(NamedTuple):
     """Of the encoder; `{quality}` and `{preset}` stand for what was drawn."""
     matrix: int
     has_b_frames: bool = False
+    looks_ahead: bool = False
+    """Whether frames beyond the next P frame change how a frame is encoded."""
     smallest: int = 16
     """Smallest side in pixels that is encoded; smaller images are padded."""
 
@@ -102,7 +104,14 @@ _FIXED = {"qmin": "{quality}", "qmax": "{quality}"}
 # With a lag, strong noise of low CRF may fill libvpx's buffer for a packet, and encoding fails.
 _LIBVPX = {"deadline": "good", "cpu-used": "{preset}", "lag-in-frames": "0"}
 CODERS = {
-    "h264": Coder("libx264", "h264", {"crf": "{quality}", "preset": "{preset}"}, BT709, True),
+    "h264": Coder(
+        "libx264",
+        "h264",
+        {"crf": "{quality}", "preset": "{preset}"},
+        BT709,
+        has_b_frames=True,
+        looks_ahead=True,
+    ),
     "hevc": Coder(
         "libx265",
         "hevc",
@@ -112,13 +121,14 @@ CODERS = {
             "x265-params": "pools=none:frame-threads=1:wpp=0:log-level=none",
         },
         BT709,
-        True,
+        has_b_frames=True,
+        looks_ahead=True,
         # With sides below 50 pixels x265 4.2 writes beyond its buffers, and the process crashes. An
         # image with one column of coding units, 64 pixels, is predicted from memory never written.
         smallest=72,
     ),
-    "mpeg2": Coder("mpeg2video", "mpeg2video", _FIXED, BT601, True),
-    "mpeg4": Coder("mpeg4", "mpeg4", _FIXED, BT601, True),
+    "mpeg2": Coder("mpeg2video", "mpeg2video", _FIXED, BT601, has_b_frames=True),
+    "mpeg4": Coder("mpeg4", "mpeg4", _FIXED, BT601, has_b_frames=True),
     "flv1": Coder("flv", "flv", _FIXED, BT601),
     "wmv2": Coder("wmv2", "wmv2", _FIXED, BT601),
     "vp8": Coder("libvpx", "vp8", {**_FIXED, **_LIBVPX, "crf": "{quality}"}, BT601),
@@ -130,6 +140,7 @@ CODERS = {
         "libdav1d",
         {"crf": "{quality}", "preset": "{preset}", "svtav1-params": "lp=1"},
         BT709,
+        looks_ahead=True,
         smallest=64,
     ),
 }
@@ -184,10 +195,10 @@ def through_video(still: Image, drawn: Parameters) -> Image:
         max(side + side % 2, coder.smallest) - side for side in (still.shape[0], still.shape[1])
     )
     padded = cv2.copyMakeBorder(still, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-    clip = [
-        padded if i == kept else moved(still, place, bottom, right)
-        for i, place in enumerate(drawn["path"])
-    ]
+    path = drawn["path"]
+    if not coder.looks_ahead:  # what follows the next P frame makes no difference
+        path = path[: kept + 1 + drawn["b_frames"]]
+    clip = [padded if place == [1, 0, 0] else moved(still, place, bottom, right) for place in path]
     decoded = _decoded(coder, *_encoded(coder, clip, drawn), padded.shape[:2], kept)
     return np.ascontiguousarray(_pixels(decoded, coder.matrix)[: still.shape[0], : still.shape[1]])
 
