@@ -256,8 +256,8 @@ def _rehearse(plan: TrainPlan, ranks: Ranks) -> None:
     for index in range(accumulation):
         hr, lr = (
             torch.randint(
-                0, 256, (micro, 3, pixels, pixels), dtype=torch.uint8, device=ranks.device
-            )
+                0, 256, (micro, 3, pixels, pixels), dtype=torch.int32, device=ranks.device
+            ).to(torch.uint16 if recipe.data.depth == 16 else torch.uint8)
             for pixels in (side, side // recipe.scale)
         )
         trainer.step(Batch(lr, hr, index), 0)

@@ -63,7 +63,7 @@ class ReconstructionTrainer:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
         if self.uses_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        lr = batch.lr.contiguous(memory_format=self.memory_format)
+        lr = _to_input(batch.lr).contiguous(memory_format=self.memory_format)
         losses = self.criterion(self.generator(lr), batch.hr)
         at_boundary = self.generator.is_gradient_accumulation_boundary()
         backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
@@ -127,7 +127,7 @@ class AdversarialTrainer:
             torch.compiler.cudagraph_mark_step_begin()
         spec = self.spec
         self._noise = spec.instance_noise.sigma * max(0.0, 1 - number / spec.instance_noise.steps)
-        lr = batch.lr.contiguous(memory_format=self.memory_format)
+        lr = _to_input(batch.lr).contiguous(memory_format=self.memory_format)
         hr = unit_range(batch.hr, torch.float32).contiguous(memory_format=self.memory_format)
         learners = self.learners(number)
         with torch.set_grad_enabled("generator" in learners):
@@ -173,6 +173,11 @@ class AdversarialTrainer:
         if self._noise:
             images = images + self._noise * torch.randn_like(images)
         return discriminator(images).to(torch.float32, copy=True)
+
+
+def _to_input(lr: Tensor) -> Tensor:
+    """Return LR as networks and compilers take it on every device: uint16 becomes float32."""
+    return unit_range(lr, torch.float32) if lr.dtype == torch.uint16 else lr
 
 
 def indifferent_loss(trainer: ReconstructionTrainer | AdversarialTrainer) -> float | None:
