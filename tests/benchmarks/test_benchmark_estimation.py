@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import estimation
+from benchmarks import estimation
 from dataset_corpus import wheel_photograph
 from pipeline.cli import UserError
 

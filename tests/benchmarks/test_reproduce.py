@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoint, inference, loader, train_step
+from benchmarks import checkpoint, estimation, inference, loader, train_step
 from benchmarks.reproduce import FIGURES, MARK, Options, _layout, holds, load, main, read_values
 from conftest import ROOT
 from pipeline.cli import RunError, UserError
@@ -183,6 +183,11 @@ def printed_by_benchmarks() -> dict[str, str]:
         "inference-fp16": inference._table("title", rows),
         "checkpoint": "a checkpoint of 335 MB; torch\n"
         + checkpoint._table([checkpoint.Row(name, [0.7], [0.6], [0.8]) for name in saves]),
+        "estimation": "\n".join(
+            str(estimation.Row(case.label, case.true, [case.true]))
+            for cases_of in estimation.CASES.values()
+            for case in cases_of()
+        ),
         "train-step": train_step.report(
             {case: {**step, "ours_in_parts_of_bare": ratios} for case, ratios in cases.items()}
         ),
