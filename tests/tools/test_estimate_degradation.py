@@ -68,6 +68,7 @@ def test_the_numbers_and_the_preset(tmp_path: Path) -> None:
     }
     assert found["saved/d.npy"] is found["web/e.webp"] is None
     assert abs(images["web/e.webp"]["webp_quality"] - 50) <= 1
+    assert images["web/e.webp"]["subsampling"] == "420"
     assert 0.8 < images["web/a.jpg"]["blur"] < 1.6
     assert images["web/b.jpg"]["blur"] < 0.35
     enlarged = images["saved/d.npy"]

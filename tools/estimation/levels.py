@@ -48,9 +48,12 @@ def black_bars(luma: NDArray[np.float32]) -> tuple[int, int, int, int]:
     bars = []
     for plane in (luma, luma.T):
         is_bar = (plane.mean(axis=1) < _BLACK) & (plane.max(axis=1) - plane.min(axis=1) < 2 * _FLAT)
-        rows = np.flatnonzero(~is_bar)
-        ends = (int(rows[0]), len(plane) - 1 - int(rows[-1])) if len(rows) else (0, 0)
-        bars += [end if end >= 0.01 * len(plane) else 0 for end in ends]
+        for lines, flags in ((plane, is_bar), (plane[::-1], is_bar[::-1])):
+            # A shadow is dark, too, but not of one level.
+            is_same = np.abs(lines.mean(axis=1) - lines[0].mean()) < _FLAT
+            rows = np.flatnonzero(~(flags & is_same))
+            end = int(rows[0]) if len(rows) else 0
+            bars.append(end if end >= 0.01 * len(plane) else 0)
     return bars[0], bars[1], bars[2], bars[3]
 
 

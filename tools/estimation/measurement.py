@@ -51,7 +51,7 @@ class Measurement:
     visible_noise: float
     """The smallest noise that a JPEG compression leaves visible; 0 without one."""
     chroma_noise: float | None
-    """Standard deviation in Cb and Cr; `None` where JPEG hides it, and for gray images."""
+    """Standard deviation in Cb and Cr; `None` where a codec hides it, and for gray images."""
     enlargement: float | None
     """Factor of an earlier enlargement; `None`: none was found."""
     is_repeated: bool
@@ -114,9 +114,12 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
     else:
         small = [sharpness.reduced(plane, enlargement.factor) for plane in (luma, blue, red)]
         edge = sharpness.edge_sigma(small[0], at_edges)
+    quality = webp.quality_of(data) if header.format == "webp" and header.is_lossy else None
     subsampling, chroma_noise = "gray" if is_gray else None, None
     if compression is not None:
         subsampling = compression.subsampling
+    elif quality is not None:
+        subsampling = "420"  # VP8 has no other
     elif not is_gray:
         # Before the enlargement, which interpolates chroma, too.
         subsampling = chroma.in_turns(*small[1:])
@@ -129,7 +132,7 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
         is_lossy=header.is_lossy,
         depth=header.depth,
         jpeg=compression,
-        webp_quality=webp.quality_of(data) if header.format == "webp" else None,
+        webp_quality=quality,
         subsampling=subsampling,
         luma_noise=luma_noise,
         visible_noise=visible,

@@ -115,6 +115,8 @@ def test_black_bars() -> None:
     assert levels.black_bars(luma) == (20, 24, 0, 9)
     assert levels.black_bars(luma_of(scene())) == (0, 0, 0, 0)
     assert levels.black_bars(np.zeros((30, 30), np.float32)) == (0, 0, 0, 0)
+    shadow = np.tile(np.arange(256, dtype=np.float32), (100, 1))
+    assert levels.black_bars(shadow)[2] < 4
 
 
 def test_interlaced_lines() -> None:
