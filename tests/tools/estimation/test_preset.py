@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 
+from dataset_corpus import encoded, wheel_photograph
 from pipeline.config.recipe import degradation_of
-from pipeline.data.degradations.chain import ChainSpec
-from tools.estimation.measurement import Jpeg, Measurement
+from pipeline.data.degradations import host
+from pipeline.data.degradations.chain import Chain, ChainSpec, run
+from pipeline.data.image_headers import ImageHeader, read_header
+from pipeline.data.image_pixels import decode_rgb
+from tools.crops.grid import halved
+from tools.estimation.measurement import Jpeg, Measurement, measure
 from tools.estimation.preset import MARK, document, spread, steps, summary
 
 CLEAN = Measurement(
@@ -80,6 +87,23 @@ def test_a_recipe_takes_a_preset_of_all_kinds_at_once(tmp_path: Path) -> None:
     shares = [choice.probability for choice in spec.steps[-1].one_of]
     assert shares == [0.25, 0.083, 0.083, 0.584]
     assert (tmp_path / "preset.yaml").read_text().startswith(MARK)
+
+
+def test_a_preset_makes_images_like_the_measured_ones(tmp_path: Path) -> None:
+    photograph = wheel_photograph("coffee.png")
+    soft = cv2.GaussianBlur(halved(photograph), (0, 0), 1.2).astype(np.float32)
+    soft += np.random.default_rng(0).normal(0, 7, (200, 300, 1))
+    data = encoded(np.clip(np.rint(soft), 0, 255).astype(np.uint8), "jpeg", quality=82)
+    header = read_header(data)
+    real = measure("real.jpg", decode_rgb(data, header), header, data)
+    chain = Chain(loaded([real], tmp_path), 2)
+    drawn = chain.draw(iter(np.random.default_rng(1).random(64).tolist()), 400, 600)
+    workspace = host.Workspace()
+    made = host.rounded(run(photograph, drawn["steps"], workspace), workspace)
+    found = measure("made.png", np.array(made), ImageHeader("png", *made.shape[:2]), b"")
+    assert (found.jpeg.quality, found.jpeg.subsampling) == (82, "420")
+    assert found.luma_noise == pytest.approx(real.luma_noise, rel=0.15)
+    assert found.blur == pytest.approx(real.blur, abs=0.25)
 
 
 def test_shares_are_those_of_the_images() -> None:
