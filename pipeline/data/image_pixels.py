@@ -219,14 +219,23 @@ def in_depth(pixels: np.ndarray, depth: int) -> np.ndarray:
     return pixels if pixels.dtype == np.uint16 else pixels * np.uint16(257)
 
 
+BAND = 64  # rows
+
+
 def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Composite 8-bit or 16-bit `colors` (height, width, channels) over white.
 
     `alpha` is (height, width, 1), of the same type.
     """
     white = int(np.iinfo(colors.dtype).max)
-    alpha = alpha.astype(np.uint64 if white > 255 else np.uint32)
-    return ((colors * alpha + white * (white - alpha) + white // 2) // white).astype(colors.dtype)
+    wide = np.uint64 if white > 255 else np.uint32
+    composited = np.empty(colors.shape, colors.dtype)
+    # In bands of rows, because the products of a whole image need several times its memory.
+    for top in range(0, len(colors), BAND):
+        band = slice(top, top + BAND)
+        share = alpha[band].astype(wide)
+        composited[band] = (colors[band] * share + white * (white - share) + white // 2) // white
+    return composited
 
 
 def decoder_name(header: ImageHeader) -> str:
