@@ -250,6 +250,69 @@ def test_a_sample_is_a_function_of_its_number(tmp_path: Path) -> None:
         np.testing.assert_array_equal(run(micro_batch, threads, first), expected[first:])
 
 
+def written_out(
+    parameters: Mapping[str, Any], keys: list[int], region: np.ndarray, scale: int
+) -> np.ndarray:
+    """The whole LR of the published chain, straight from the operators, without a chain's steps."""
+    low, final = (region.shape[0] // scale, region.shape[1] // scale), parameters["final"]
+    shapes = {"generalized": kernels.generalized_kernel, "plateau": kernels.plateau_kernel}
+
+    def one_round(drawn: Mapping[str, Any], image: np.ndarray, words: list[int]) -> np.ndarray:
+        blur = drawn["blur"]
+        if blur["shape"] == "none":
+            kernel = kernels.delta_kernel()
+        elif blur["shape"] == "sinc":
+            kernel = kernels.sinc_kernel(blur["size"], blur["cutoff"])
+        else:
+            numbers = blur["size"], *blur["sigma"], blur.get("theta", 0.0)
+            kernel = (
+                shapes[blur["shape"].split("_")[0]](*numbers, blur["beta"])
+                if "beta" in blur
+                else kernels.gaussian_kernel(*numbers)
+            )
+        if drawn["mode"] == "area":
+            kernel = kernels.with_box(kernel, drawn["ratio"])
+        image = host.filtered(image, kernel, Workspace())
+        image = host.resized(
+            image, tuple(drawn["size"]), is_cubic=drawn["mode"] == "cubic", workspace=Workspace()
+        )
+        fields = noise.noise_keys(tuple(words), *image.shape[:2], 1 if drawn["gray"] else 3)
+        add = host.with_poisson if drawn["noise"] == "poisson" else host.with_gaussian
+        return add(image.copy(), fields, drawn["level"], Workspace())
+
+    def resized_to_lr(image: np.ndarray) -> np.ndarray:
+        if final["mode"] == "area":
+            box = kernels.with_box(kernels.delta_kernel(), image.shape[0] / low[0])
+            image = host.filtered(image, box, Workspace())
+        image = host.resized(image, low, is_cubic=final["mode"] == "cubic", workspace=Workspace())
+        return (
+            host.filtered(image, kernels.sinc_kernel(*final["sinc"]), Workspace())
+            if "sinc" in final
+            else image
+        )
+
+    image = one_round(parameters["first"], region, keys[:2])
+    image = host.through_jpeg(image, parameters["first"]["jpeg"], Workspace())
+    image = one_round(parameters["second"], image, keys[2:4])
+    quality = parameters["second"]["jpeg"]
+    if final["sinc_first"]:
+        return host.through_jpeg(resized_to_lr(image), quality, Workspace())
+    return host.rounded(resized_to_lr(host.through_jpeg(image, quality, Workspace())), Workspace())
+
+
+@pytest.mark.parametrize(("scale", "largest"), [(4, 1.2), (2, 3.0)])
+def test_real_esrgans_chain_is_made_of_steps(scale: int, largest: float) -> None:
+    """Byte for byte, with the draws that it always had."""
+    spec = RealEsrganSpec.model_validate({"second": {"resize_range": (0.3, largest)}})
+    degradation, region, modes = RealEsrgan(spec, scale), photograph(4, 96, 104), set()
+    for i, row in enumerate(np.random.default_rng(7).random((60, NUMBERS)).tolist()):
+        drawn, keys = degradation.draw(iter(row), 96, 104), [i * 8 + j for j in range(8)]
+        lr = degradation.lr_on_host(drawn, keys, region, (0, 0), (96, 104), Workspace())
+        np.testing.assert_array_equal(lr, written_out(drawn, keys, region, scale))
+        modes.add((drawn["first"]["blur"]["shape"], drawn["final"]["mode"]))
+    assert len(modes) > 12
+
+
 def test_every_draw_can_be_made(tmp_path: Path) -> None:
     """The most unusual kernels of 1,000 draws give results within range and of the right shape."""
     degradation, workspace = RealEsrgan(RealEsrganSpec(), 4), Workspace()

@@ -28,9 +28,20 @@ from pipeline.data.degradations.base import (
     resized,
     through_jpeg,
 )
+from pipeline.data.degradations.chain import run
 from pipeline.spec import Exponent, Factor, Levels, Probability, Quality, Range, Sigma, Spec
 
 MODES = ("area", "linear", "cubic")
+KINDS_OF_BLUR = {
+    "iso": "gaussian",
+    "aniso": "anisotropic",
+    "generalized_iso": "generalized",
+    "generalized_aniso": "generalized_anisotropic",
+    "plateau_iso": "plateau",
+    "plateau_aniso": "plateau_anisotropic",
+    "sinc": "sinc",
+}
+"""Published name of a kernel's shape -> its kind in the step `blur`."""
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 
 
@@ -264,46 +275,22 @@ class RealEsrgan(Degradation):
     ) -> NDArray[np.uint8]:
         from pipeline.data.degradations import host
 
-        first, second, final = parameters["first"], parameters["second"], parameters["final"]
-        sinc = kernels.sinc_kernel(*final["sinc"]) if "sinc" in final else kernels.delta_kernel()
+        *steps, last = steps_of(parameters, self.scale, keys)
+        lr = run(region, steps, workspace)
         (top, left), (height, width) = (
             [side // self.scale for side in place] for place in (start, size)
         )
-        noisy = _round_on_host(first, region, keys[:2], workspace)
-        noisy = _round_on_host(
-            second, host.through_jpeg(noisy, first["jpeg"], workspace), keys[2:4], workspace
-        )
-        if final["sinc_first"]:
-            lr = host.filtered(
-                self._resized_on_host(parameters, noisy, region.shape, workspace), sinc, workspace
-            )
-            return host.through_jpeg(lr, second["jpeg"], workspace)[
-                top : top + height, left : left + width
-            ]
-        lr = self._resized_on_host(
-            parameters, host.through_jpeg(noisy, second["jpeg"], workspace), region.shape, workspace
-        )
-        # After the last JPEG, only the sinc filter depends on pixels around the crop.
-        reach = len(sinc) // 2
+        if last["step"] != "blur":
+            lr = run(lr, [last], workspace)
+            return host.rounded(lr, workspace)[top : top + height, left : left + width]
+        # Only this filter is left to depend on pixels around the crop.
+        reach = last["side"] // 2
         above, before = min(reach, top), min(reach, left)
         near = np.ascontiguousarray(
             lr[top - above : top + height + reach, left - before : left + width + reach]
         )
-        near = host.rounded(host.filtered(near, sinc, workspace), workspace)
+        near = host.rounded(run(near, [last], workspace), workspace)
         return near[above : above + height, before : before + width]
-
-    def _resized_on_host(
-        self, parameters: Parameters, image: NDArray[Any], region: Sequence[int], workspace: Any
-    ) -> NDArray[np.float32]:
-        """Resize `image` to the LR size of the whole `region` (height, width, 3)."""
-        from pipeline.data.degradations import host
-
-        mode, low = parameters["final"]["mode"], (region[0] // self.scale, region[1] // self.scale)
-        if self.has_final_box:
-            image = host.filtered(
-                image, _area_box(mode, parameters["second"]["size"][0] / low[0]), workspace
-            )
-        return host.resized(image, low, is_cubic=mode == "cubic", workspace=workspace)
 
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
         if self.has_final_box:
@@ -439,22 +426,64 @@ def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDev
     return noisy
 
 
-def _round_on_host(
-    drawn: Parameters, image: NDArray[np.uint8], keys: Sequence[int], workspace: Any
-) -> NDArray[np.float32]:
-    """Compute `_blurred_resized_noisy` on the host: (height, width, 3) levels, not clipped."""
-    from pipeline.data.degradations import host
+def steps_of(parameters: Parameters, scale: int, keys: Sequence[int]) -> list[Parameters]:
+    """Return what was drawn for a sample as steps of a chain, see `chain.run`.
 
-    size = drawn["size"][0], drawn["size"][1]
-    image = host.resized(
-        host.filtered(image, _kernel(drawn), workspace),
-        size,
-        is_cubic=drawn["mode"] == "cubic",
-        workspace=workspace,
-    )
-    fields = noise.noise_keys((keys[0], keys[1]), *size, 1 if drawn["gray"] else 3)
-    add = host.with_poisson if drawn["noise"] == "poisson" else host.with_gaussian
-    return add(image, fields, drawn["level"], workspace)
+    keys: the sample's noise keys.
+    """
+    first, second, final = parameters["first"], parameters["second"], parameters["final"]
+    height, width = parameters["region"]
+    jpegs = [
+        {"step": "compress", "codec": "jpeg", "quality": drawn["jpeg"], "subsampling": "420"}
+        for drawn in (first, second)
+    ]
+    resize = {
+        "step": "resize",
+        "kind": final["mode"],
+        "size": [height // scale, width // scale],
+    }
+    last = [resize]
+    if "sinc" in final:
+        side, cutoff = final["sinc"]
+        last.append({"step": "blur", "kind": "sinc", "side": side, "cutoff": cutoff})
+    return [
+        *_steps_of_round(first, keys[:2]),
+        jpegs[0],
+        *_steps_of_round(second, keys[2:4]),
+        *([*last, jpegs[1]] if final["sinc_first"] else [jpegs[1], *last]),
+    ]
+
+
+def _steps_of_round(drawn: Parameters, keys: Sequence[int]) -> list[Parameters]:
+    """Return the steps of a round without its JPEG."""
+    blur, mode, steps = drawn["blur"], drawn["mode"], []
+    if blur["shape"] != "none":
+        shape = KINDS_OF_BLUR[blur["shape"]]
+        step = {"step": "blur", "kind": shape, "side": blur["size"]}
+        if shape == "sinc":
+            step["cutoff"] = blur["cutoff"]
+        elif "theta" in blur:
+            step["sigma_x"], step["sigma_y"] = blur["sigma"]
+            step["angle"] = math.degrees(blur["theta"])
+        else:
+            step["sigma"] = blur["sigma"][0]
+        if "beta" in blur:
+            step["beta"] = blur["beta"]
+        if mode == "area":
+            # One filter in place of two: that of averaging areas is convolved with the blur's.
+            step["box"], mode = drawn["ratio"], "linear"
+        steps.append(step)
+    return [
+        *steps,
+        {"step": "resize", "kind": mode, "size": drawn["size"]},
+        {
+            "step": "noise",
+            "kind": drawn["noise"],
+            "level": drawn["level"],
+            "gray": drawn["gray"],
+            "words": list(keys),
+        },
+    ]
 
 
 def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> str:

@@ -130,9 +130,16 @@ def draw(spec: BlurSpec, draws: Draws, canvas: Canvas) -> Parameters:
 
 
 def kernel(drawn: Parameters) -> NDArray[np.float32]:
-    """Return the kernel of what was drawn, unless it is a median: (side, side), sum 1."""
+    """Return the kernel of what was drawn, unless it is a median: (side, side), sum 1.
+
+    With `box`, size before / size after of a linear resizing that follows, the kernel is widened so
+    that both together average areas.
+    """
     from pipeline.data.degradations import kernels
 
+    if "box" in drawn:
+        plain = {name: value for name, value in drawn.items() if name != "box"}
+        return kernels.with_box(kernel(plain), drawn["box"])
     kind = drawn["kind"]
     if kind == "sinc":
         return kernels.sinc_kernel(drawn["side"], drawn["cutoff"])
