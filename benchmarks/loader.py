@@ -39,15 +39,20 @@ from benchmarks.loader_ways import (
     OUR_WAYS,
     OURS,
     OURS_PNG,
+    OURS_PRESET,
     OURS_TORCH,
     PREFETCH,
     TORCH_PNG,
+    TORCH_WRITTEN,
     WAYS,
     WRITTEN_HERE,
     Setting,
     Way,
 )
 from pipeline.cli import RunError, UserError, run
+from pipeline.data.degradations.host import Workspace
+from pipeline.data.degradations.steps import STEPS
+from pipeline.data.degradations.steps.base import NUMBERS, Canvas, Draws, kinds_of
 from pipeline.data.image_files import MANIFEST
 from tools.files import walk
 from tools.parallel import progress
@@ -89,6 +94,9 @@ class Options:
     to the last one."""
     depths: bool = False
     """Instead, compare batches of 16 bits with batches of 8."""
+    steps: bool = False
+    """Instead, measure each kind of each degradation step by itself, in one thread, on crops of
+    256x256."""
     operators: bool = False
     """Instead, measure variants of the loader's graph, each with one change."""
     gpu: bool = False
@@ -118,6 +126,12 @@ class Cost:
 def main(options: Options) -> int:
     """Cut, check, measure and print."""
     _check_options(options)
+    if options.steps:
+        with tempfile.TemporaryDirectory() as scratch:
+            setting = Setting(Path(scratch), CROP, options.scale, options.batch, 1)
+            cut_photographs(options.photos, setting, SIZE, min(8, options.images))
+            print_steps(setting, options.rounds)
+        return 0
     ways = OPERATORS if options.operators else DEPTHS if options.depths else WAYS
     ways = {
         name: way
@@ -323,7 +337,9 @@ def check(
             raise RunError(
                 f"{name} delivers {shapes}, not {count} crops of {crop} and {low} pixels"
             )
-        kind = np.uint16 if "16 bits" in name else np.float32 if name == TORCH_PNG else np.uint8
+        kind = (
+            np.uint16 if "16 bits" in name else np.float32 if name.startswith("torch") else np.uint8
+        )
         if {array.dtype for array in batch} != {np.dtype(kind)}:
             raise RunError(f"{name} delivers {batch[0].dtype} and {batch[-1].dtype}")
         if len(batch) == 2 and ways[name].is_cubic:
@@ -400,6 +416,33 @@ def _collected(work: Any, *arguments: Any) -> Any:
     return result
 
 
+def print_steps(setting: Setting, rounds: int) -> None:
+    """Print the CPU time of each kind of each step: the median over photographs and draws."""
+    crops = [np.load(file)[:CROP, :CROP] for file in setting.files("npy")]
+    kinds = [(name, kind) for name, step in STEPS.items() for kind in kinds_of(step.Spec) or ("",)]
+    print(f"{'step':40}{'CPU us':>10}   of images of {CROP}x{CROP}, median of {rounds} x 8 draws")
+    cv2.setNumThreads(1)
+    workspace, numbers = Workspace(), random.Random(0)
+    for name, kind in kinds:
+        step = STEPS[name]
+        key = "codec" if "codec" in step.Spec.model_fields else "kind"
+        spec = step.Spec.model_validate({key: kind} if kind else {})
+        try:
+            step.check(spec)
+        except UserError:
+            continue  # an encoder that this machine lacks
+        times = []
+        for number in range(8 * rounds + 1):
+            crop = np.ascontiguousarray(crops[number % len(crops)])
+            draws = Draws(iter([numbers.random() for _ in range(NUMBERS)]))
+            drawn = step.draw(spec, draws, Canvas((CROP, CROP), (CROP, CROP), setting.scale))
+            began = time.thread_time()
+            step.apply(crop, drawn, workspace)
+            times.append(time.thread_time() - began)
+        label = f"{name}({kind})" if kind else name
+        print(f"{label:40}{statistics.median(times[1:]) * 1e6:10,.0f}")
+
+
 def print_table(costs: Mapping[str, Sequence[Cost]], base: str) -> None:
     """Print one line per way; ratios are to `base`, within each round."""
     width = max(map(len, costs)) + 2
@@ -426,6 +469,8 @@ def print_ratios(costs: Mapping[str, Sequence[Cost]]) -> None:
         (OURS, TORCH_PNG),
         (OURS_PNG, DALI_PNG),
         (OURS_PNG, TORCH_PNG),
+        (OURS_PRESET, TORCH_WRITTEN),
+        (OURS_PRESET, TORCH_PNG),
     ):
         for kind, rate in (("per second", "wall_rate"), ("per core-second", "core_rate")):
             print(

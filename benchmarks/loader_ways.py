@@ -5,6 +5,7 @@ Those of other projects are simple reimplementations of what the projects do, wi
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +15,19 @@ from typing import Any
 
 import cv2
 import numpy as np
+from pydantic import TypeAdapter
 
-from pipeline.data.degradations.base import Degradation
+from pipeline.config.recipe import PRESETS, degradation_of
+from pipeline.data.degradations import build_degradation, host
+from pipeline.data.degradations.base import KEYS, Degradation
 from pipeline.data.image_access import Part
 from pipeline.data.reader import training_pipeline, turned_crops
 from pipeline.data.sampling import Sampler
 from pipeline.data.source import CropSource, Position
-from pipeline.data.spec import DataSpec
+from pipeline.data.spec import AnyDegradation, DataSpec
+from pipeline.installation import recipe_names
 
+AnyDegradationSpec: TypeAdapter[Any] = TypeAdapter(AnyDegradation)
 PREFETCH = 3  # batches made in advance, where that is configurable
 
 Batch = Sequence[Any]
@@ -317,11 +323,43 @@ class PairedImages:
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def torch_of_png(setting: Setting) -> Iterator[Batch]:
+class WrittenImages(PairedImages):
+    """The same pairs, with LR that is degraded and written as PNG before it is read.
+
+    A preset's chain degrades the whole image, and each file is read once. The steps are this
+    project's own; offline tools take longer for most of them.
+    """
+
+    def __init__(self, setting: Setting, preset: str) -> None:
+        super().__init__(setting)
+        spec = AnyDegradationSpec.validate_python(degradation_of(preset))
+        self.degradation = build_degradation(spec, setting.scale)
+        self.written = setting.folder / f"written_{preset}"
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        hr = cv2.cvtColor(cv2.imread(str(self.hr[index])), cv2.COLOR_BGR2RGB)
+        uniform = iter(random.random, None)
+        drawn = self.degradation.draw(uniform, *hr.shape[:2])
+        keys = [random.getrandbits(64) for _ in range(KEYS)]
+        lr = self.degradation.lr_on_host(drawn, keys, hr, (0, 0), hr.shape[:2], host.Workspace())
+        folder = self.written / str(os.getpid())  # each process of the DataLoader has its own
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.lr[index].name
+        cv2.imwrite(str(path), cv2.cvtColor(lr, cv2.COLOR_RGB2BGR))
+        self.lr[index] = path
+        return super().__getitem__(index)
+
+
+def torch_of_written_png(setting: Setting, preset: str) -> Iterator[Batch]:
+    """A torch DataLoader over `WrittenImages`."""
+    return torch_of_png(setting, WrittenImages(setting, preset))
+
+
+def torch_of_png(setting: Setting, images: PairedImages | None = None) -> Iterator[Batch]:
     """A torch DataLoader over `PairedImages`, with one process per thread and no epoch breaks."""
     from torch.utils.data import DataLoader, RandomSampler
 
-    images = PairedImages(setting)
+    images = images or PairedImages(setting)
     sampler = RandomSampler(images, num_samples=1 << 40)
     return iter(
         DataLoader(
@@ -457,6 +495,9 @@ HOST, DALI_PNG, TORCH_PNG = (
     "DALI, PNG, as catid/upsampling",
     "torch, PNG, as BasicSR",
 )
+WRITTEN_PRESET = "web_photo"
+TORCH_WRITTEN = f"torch, {WRITTEN_PRESET} written as PNG, then read"
+OURS_PRESET = f"this loader, npy, {WRITTEN_PRESET}"
 DALI_NUMPY, WRITTEN_HERE = "DALI's numpy reader alone", "its graph, written here"
 
 CHAIN = {"name": "chain", "steps": ["blur", "noise", {"resize": {"to": "lr"}}, "sharpen"]}
@@ -480,6 +521,12 @@ OUR_WAYS = {
     "this loader, npy, realesrgan by DALI alone": Way(
         partial(ours, degradation="realesrgan", on_host=False), is_cubic=False
     ),
+    **{
+        f"this loader, npy, {preset}": Way(
+            partial(ours, degradation=degradation_of(preset)), is_cubic=False
+        )
+        for preset in recipe_names(PRESETS)
+    },
 }
 """These follow `Setting.device_id`; all others stay on the CPU."""
 
@@ -501,6 +548,7 @@ WAYS = {
     **OUR_WAYS,
     DALI_PNG: Way(dali_of_png),
     TORCH_PNG: Way(torch_of_png),
+    TORCH_WRITTEN: Way(partial(torch_of_written_png, preset=WRITTEN_PRESET), is_cubic=False),
     DALI_NUMPY: Way(dali_numpy_reader, pairs=False),
     HOST: Way(our_host_work, pairs=False),
 }

@@ -125,6 +125,8 @@ class Step(NamedTuple):
     check: Callable[[Any], None] = lambda spec: None
     """Raises `UserError` if this machine cannot do what the spec asks for."""
     nodes: StepNodes | None = None
+    versions: Callable[[], dict[str, str]] = dict
+    """Versions of the libraries that determine its pixels, besides OpenCV and NumPy."""
 
 
 def shares_of(*names: str) -> Any:
@@ -157,7 +159,21 @@ def shares_of(*names: str) -> Any:
         dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]],
         BeforeValidator(table),
         AfterValidator(check),
+        Names(names),
     ]
+
+
+class Names(NamedTuple):
+    """Marks a table of shares with the names that it may have."""
+
+    names: tuple[str, ...]
+
+
+def kinds_of(spec: type[StepSpec]) -> tuple[str, ...]:
+    """Return the kinds of a step, or nothing if there is only one."""
+    field = spec.model_fields.get("codec") or spec.model_fields.get("kind")
+    marks = [mark for mark in field.metadata if isinstance(mark, Names)] if field else []
+    return marks[0].names if marks else ()
 
 
 def levels(image: Image) -> NDArray[np.float32]:
