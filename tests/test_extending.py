@@ -75,6 +75,13 @@ CODE = """
     facts["darker"] = [min(float(np.ptp(one - lr)) for one in picked) for lr in lrs]
     facts["by"] = [float(min((one - lr for one in picked), key=np.ptp).mean()) for lr in lrs]
 
+    from pipeline.config.recipe import load_stages
+    chain = {{"name": "chain", "steps": [{{"vignette": {{"strength": 0.5}}}}]}}
+    spec = load_stages("demo", {{"data.degradation": chain}})[0].data.degradation
+    flat = np.full((32, 48, 3), 200, np.uint8)
+    lr = low_resolution(flat, spec, 2, seed=0, number=0)
+    facts["vignette"] = [int(lr[0, 0, 0]), int(lr[8, 12, 0])]
+
     from pipeline.losses import Criterion
     sr, terms = torch.rand(1, 3, 9, 9), {{"gradient": {{"weight": 0.5, "distance": 2}}}}
     facts["loss"] = [
@@ -168,6 +175,12 @@ def test_the_degradation_picks_pixels_and_darkens_them_as_drawn(extended: dict[s
     assert max(extended["darker"]) <= 1  # one offset for a whole sample, but for rounding
     assert all(0 <= offset <= 20.5 for offset in extended["by"])
     assert max(extended["by"]) - min(extended["by"]) > 2  # another one for each sample
+
+
+def test_the_step_darkens_the_corners(extended: dict[str, Any]) -> None:
+    corner, centre = extended["vignette"]
+    assert corner == pytest.approx(105, abs=7)  # half of the light, less what LR averages
+    assert centre == 200
 
 
 def test_the_loss_sees_edges_and_no_offset(extended: dict[str, Any]) -> None:

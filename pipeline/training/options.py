@@ -127,7 +127,11 @@ class TrainPlan:
             if self.discriminator_ds_config
             else {}
         )
+        libraries: dict[str, str] = {}
+        for degradation in self.recipe.data.degradation.by_folder:
+            libraries |= build_degradation(degradation, self.recipe.scale).versions()
         return {
+            **({"libraries": libraries} if libraries else {}),
             "recipe": self.recipe.model_dump(mode="json"),
             "ds_config": self.ds_config,
             **gan,

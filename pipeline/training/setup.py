@@ -21,7 +21,7 @@ from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import batch_sizes
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import Recipe, changes
 from pipeline.data.degradations.bicubic import BicubicSpec
 from pipeline.data.loader import Loader
 from pipeline.data.source import CropSource, Position
@@ -235,6 +235,12 @@ def _find_run(
             read_index(checkpoint_dir(plan.run_dir, step)) if ranks.is_first else None
         )
         ranks.on_all_ranks(lambda: refuse_other_run(plan, identity, index))
+        before, now = (of.get("libraries", {}) for of in (index["identity"], identity))
+        if before and (updated := changes(before, now, "version of ")):
+            say(
+                f"note: degradations use other libraries than before: {'; '.join(updated)}; the "
+                "samples stay the same, but their pixels may differ slightly"
+            )
         began = index["identity"].get("began_with_step")
         if index["world_size"] != ranks.world_size:
             say(

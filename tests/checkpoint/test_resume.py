@@ -21,6 +21,7 @@ from pipeline.models import native
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 FEW_KERNELS = "generator={name: compact, num_features: 8, num_conv: 1}"  # quick to compile
+CHAIN = "data.degradation={name: compressed_video, surroundings: 16}"
 GAN = (
     "adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}, labels: {noise: 0.1, "
     "flip: 0.1}, "
@@ -37,7 +38,7 @@ GAN = (
         (2, ("native_kernels=on", "generator.global_residual=none")),
         (2, BF16),
         (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam")),
-        (2, ("ds.zero_optimization.stage=1",)),
+        (2, ("ds.zero_optimization.stage=1", CHAIN)),
         (2, ("ds.zero_optimization.stage=2", *BF16)),
         (1, GAN),
         (2, ("ds.zero_optimization.stage=2", "ds.gradient_accumulation_steps=2", *BF16, *GAN)),
@@ -50,7 +51,7 @@ GAN = (
         "native-2",
         "bf16-2",
         "accumulation",
-        "zero1-2",
+        "zero1-chain-2",
         "zero2-bf16-2",
         "gan-1",
         "gan-zero2-bf16-2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ def test_a_recipe_that_a_run_keeps_says_the_same() -> None:
     spec = ChainSpec.model_validate({"steps": STEPS_OF_ALL_KINDS})
     assert ChainSpec.model_validate(spec.model_dump(mode="json")) == spec
     assert ChainSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
     every = ChainSpec.model_validate({"steps": list(STEPS)})
     assert ChainSpec.model_validate(every.model_dump(mode="json")) == every
 
@@ -117,7 +119,7 @@ def test_every_preset_loads_and_makes_lr(name: str) -> None:
         assert (lr.shape, lr.dtype) == ((33, 25, 3), np.uint8)
         # Still the same picture.
         small = pixels.reshape(33, 2, 25, 2, 3).mean((1, 3))
-        assert np.corrcoef(lr.mean(2).ravel(), small.mean(2).ravel())[0, 1] > 0.5
+        assert np.corrcoef(lr.mean(2).ravel(), small.mean(2).ravel())[0, 1] > 0.3
 
 
 def test_a_preset_of_ones_own(tmp_path: Path) -> None:
@@ -139,6 +141,7 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
 def test_a_sample_is_a_function_of_its_numbers() -> None:
     chain = chain_of(*STEPS_OF_ALL_KINDS)
     plans = [drawn(chain, sample) for sample in range(200)]
+    assert drawn(pickle.loads(pickle.dumps(chain)), 7) == plans[7]
     assert plans == [drawn(chain_of(*STEPS_OF_ALL_KINDS), sample) for sample in range(200)]
     assert json.loads(json.dumps(plans)) == plans
     assert len({json.dumps(plan) for plan in plans}) == 200

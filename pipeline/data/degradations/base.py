@@ -78,6 +78,10 @@ class Degradation:
     def check(self) -> None:
         """Raise `UserError` if this machine cannot do what the spec asks for."""
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions of libraries that determine the pixels, for the run's identity."""
+        return {}
+
     @property
     def surroundings(self) -> int:
         """Number of HR pixels read beyond the crop's sides, if the photograph has them."""

@@ -134,7 +134,16 @@ class Shuffle(Spec):
 
 
 def _step_model(name: str) -> type[Spec]:
-    return create_model(f"{name.title()}Step", __base__=Spec, **{name: (STEPS[name].Spec, ...)})  # type: ignore[call-overload, no-any-return]
+    """Return the model of `{name: section}`, an item of a list of steps."""
+    model: type[Spec] = create_model(  # type: ignore[call-overload]
+        f"{name.title()}Step",
+        __base__=Spec,
+        __module__=__name__,
+        **{name: (STEPS[name].Spec, ...)},
+    )
+    # Where pickle looks for the class.
+    globals()[model.__name__] = model
+    return model
 
 
 _ITEMS: dict[str, Any] = {
@@ -224,11 +233,23 @@ class Chain(Degradation):
             for column in ("takes_place", *_nodes_of(name).columns)
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The numbers are found by the identity of the spec's parts, which a copy does not share.
+        return Chain, (self.spec, self.scale)
+
     def check(self) -> None:
         for item in _walk(self.spec.steps):
             name = _kind(item)
             if name in STEPS:
                 STEPS[name].check(getattr(item, name))
+
+    def versions(self) -> dict[str, str]:
+        import cv2
+
+        found = {"numpy": np.__version__, "opencv": cv2.__version__}
+        for name in {_kind(item) for item in _walk(self.spec.steps)} & STEPS.keys():
+            found |= STEPS[name].versions()
+        return dict(sorted(found.items()))
 
     @property
     def surroundings(self) -> int:

@@ -29,7 +29,12 @@ STEPS: dict[str, Step] = {
     "chroma": Step(chroma.ChromaSpec, chroma.draw, chroma.apply),
     "color": Step(color.ColorSpec, color.draw, color.apply, nodes=color.NODES),
     "compress": Step(
-        compress.CompressSpec, compress.draw, compress.apply, compress.check, compress.NODES
+        compress.CompressSpec,
+        compress.draw,
+        compress.apply,
+        compress.check,
+        compress.NODES,
+        compress.versions,
     ),
     "dither": Step(dither.DitherSpec, dither.draw, dither.apply),
     "ghosting": Step(ghosting.GhostingSpec, ghosting.draw, ghosting.apply),
