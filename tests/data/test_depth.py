@@ -18,6 +18,7 @@ from fabricate import identity_network, ramp
 from pipeline.cli import UserError
 from pipeline.config.recipe import Recipe, recipe_differences, recipe_of
 from pipeline.data.dataset import Dataset, Folder
+from pipeline.data.degradations.steps import STEPS
 from pipeline.data.depth import Depths
 from pipeline.data.image_files import (
     TRAINING_LIST,
@@ -218,6 +219,21 @@ def test_sharpened_hr_and_chains_are_not_rounded_to_8_bits(tmp_path: Path) -> No
             levels = after.double() / 257
             assert (before.double() - levels).abs().max() < 1.2
             assert (levels != levels.round()).any()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_step_of_a_chain_rounds_to_8_bits(tmp_path: Path, step: str) -> None:
+    """LR of 16 bits differs from LR of 8 by rounding; only dithering makes levels of its own."""
+    names = written(tmp_path, ".npy", [photograph(0, 80, 80)])
+    data = {"degradation": {"name": "chain", "steps": [{step: {}}], "surroundings": 16}}
+    plain, deep = (
+        batches(source(tmp_path, names, depth=depth, micro_batch=2, threads=1, **data))[0].lr
+        for depth in (8, 16)
+    )
+    levels = deep.double() / 257
+    assert deep.dtype == torch.uint16
+    assert (plain.double() - levels).abs().mean() < 0.6
+    assert (levels != levels.round()).any() == (step != "dither")
 
 
 def test_low_resolution_of_a_whole_image(tmp_path: Path) -> None:
