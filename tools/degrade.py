@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -250,8 +251,8 @@ def listing() -> list[str]:
     }
     for name in recipe_names(PRESETS):
         text = find_file(f"{PRESETS}/{name}.yaml").read_text(encoding="utf-8")
-        lines = text.splitlines()
-        comment = next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
+        lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+        comment = " ".join(line.strip("# ") for line in lines).partition(". ")[0]
         told[name] = comment or "a chain of steps"
     width = max(map(len, told))
     return [f"{name:<{width}}  {text}" for name, text in told.items()]

@@ -151,7 +151,7 @@ def test_degradations_that_are_no_chains(photos: Path, tmp_path: Path, name: str
             assert difference.max() <= 0.51
         if name == "realesrgan":
             again = build_degradation(RealEsrganSpec(), 3).lr_on_host(
-                {part: line[part] for part in ("first", "second", "final")},
+                line,
                 line["keys"],
                 image,
                 (0, 0),
@@ -334,3 +334,4 @@ def test_the_list_has_a_line_for_each_degradation() -> None:
     assert any(line.startswith("web_photo") for line in lines)
     assert not any(line.startswith(("paired", "chain ")) for line in lines)
     assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
+    assert not any(line.endswith((",", " flat")) for line in lines)
