@@ -80,6 +80,12 @@ def test_saved_again_the_quality_grid_and_subsampling_are_found(
     assert chroma.after_jpeg(blue, red, trace, clipped) == subsampling
 
 
+def test_only_quality_100_leaves_no_trace() -> None:
+    trace = jpeg.find_trace(planes(resaved(99))[0])
+    assert (trace.quality, trace.offset) == (99, (5, 3))
+    assert jpeg.find_trace(planes(resaved(100))[0]) is None
+
+
 def test_without_jpeg_no_trace_is_found() -> None:
     assert jpeg.find_trace(planes(scene())[0]) is None
     rng = np.random.default_rng(0)
