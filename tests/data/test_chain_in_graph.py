@@ -13,6 +13,7 @@ from nvidia.dali.tensors import TensorListCPU
 from test_chain import chain_of, drawn
 from test_degradations import photographs, psnr, source
 
+from pipeline.config.recipe import degradation_of
 from pipeline.data.degradations.host import Workspace
 from pipeline.data.degrading import HostDegraded
 from pipeline.data.reader import training_pipeline
@@ -97,6 +98,16 @@ def test_the_graph_makes_what_the_host_makes(tmp_path: Path, name: str) -> None:
     values = [psnr(one, other) for one, other in zip(by_graph[1], by_host[1], strict=True)]
     assert np.median(values) > least, values
     assert min(values) > 45, values
+
+
+def test_the_graph_makes_all_of_real_esrgans_chain(tmp_path: Path) -> None:
+    """As the host does, but for single JPEG coefficients and photons."""
+    steps = degradation_of("realesrgan_steps")["steps"]
+    (crops, _), by_graph, by_host = both(tmp_path, steps)
+    assert not crops.is_split
+    values = [psnr(one, other) for one, other in zip(by_graph[1], by_host[1], strict=True)]
+    assert min(values) > 35, values
+    assert np.median(values) > 45, values
 
 
 @pytest.mark.parametrize(

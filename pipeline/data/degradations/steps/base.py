@@ -7,6 +7,8 @@ A step is one file with three parts, and one row in `STEPS`:
 - `apply(image, drawn, workspace)` changes an image as was drawn. It is a pure function: what was
   drawn holds everything that it needs, seeds of noise included.
 
+A step that DALI can do too also has `NODES`, which a graph uses on a GPU: see `StepNodes`.
+
 Images are (height, width, 3) RGB in levels 0..255, C-contiguous, as uint8 or as float32 that is
 neither clipped nor rounded; `levels` and `host.rounded` convert. A step may overwrite a float32
 image but not a uint8 one. Its result may be in memory of `workspace`, valid until the workspace is
