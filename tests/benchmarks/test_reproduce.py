@@ -177,6 +177,7 @@ def printed_by_benchmarks() -> dict[str, str]:
     return {
         "loader": table(costs(loader.WAYS), loader.DALI_PNG, ratios=True),
         "loader-realesrgan": table(costs(realesrgan), realesrgan[-1]),
+        "loader-16-bits": depths_printed(),
         "loader-operators": table(costs(loader.OPERATORS), loader.OURS),
         "inference-1": inference._table("title", rows),
         "inference-2": inference._table("title", rows),
@@ -192,6 +193,12 @@ def printed_by_benchmarks() -> dict[str, str]:
             {case: {**step, "ours_in_parts_of_bare": ratios} for case, ratios in cases.items()}
         ),
     }
+
+
+def depths_printed() -> str:
+    with redirect_stdout(io.StringIO()) as stream:
+        loader.print_depths({name: [loader.Cost(1.0, 1.0, 9)] for name in loader.DEPTHS})
+    return stream.getvalue()
 
 
 def test_readers_find_what_the_benchmarks_print(tmp_path: Path) -> None:
