@@ -27,7 +27,8 @@ Number = Annotated[float, BeforeValidator(_no_switch), Field(allow_inf_nan=False
 def _both_ends(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value, value
-    if not isinstance(value, list | tuple) or len(value) != 2:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or any(isinstance(end, bool) for end in value):
         raise ValueError(f"{value!r} is neither a number nor a range [low, high]")
     return value
 

@@ -487,10 +487,10 @@ def _recipe_path(name: str) -> Path:
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, example: str = "scale: 2") -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} must contain keys and values, such as `scale: 2`")
+        raise UserError(f"{path} must contain keys and values, such as `{example}`")
     return values
 
 
@@ -515,6 +515,8 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     merged = copy.deepcopy(base)
     for key, value in change.items():
         old = merged.get(key)
+        if key == "degradation" and isinstance(old, str):
+            old = {"name": old}
         is_table = isinstance(old, dict) and isinstance(value, Mapping) and key != "losses"
         if is_table and value.get("name", old.get("name")) == old.get("name"):
             merged[key] = _merged(old, value)
@@ -546,6 +548,9 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"{dotted}: {parent} has no keys of its own")
+    if parents[-1:] == ["degradation"] and last == "name" and values.get("name", value) != value:
+        # As in `_merged`: nothing of another degradation is left, such as the steps of a chain.
+        values.clear()
     values[last] = value
 
 
@@ -570,8 +575,12 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "data": {**data, "degradation": expanded}}
 
 
-def degradation_of(given: Any) -> Any:
-    """Return the contents of a preset that is given by its name; return other values unchanged."""
+def degradation_of(given: Any, seen: tuple[Path, ...] = ()) -> Any:
+    """Return the contents of a preset that is given by its name; return other values unchanged.
+
+    A preset may change a few keys of another one, which its `name` names. `seen` holds the files
+    that were followed to `given`.
+    """
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str):
         return given
@@ -581,7 +590,10 @@ def degradation_of(given: Any) -> Any:
     path = Path(name).expanduser() if is_path else find_file(f"{PRESETS}/{name}.yaml")
     if not os.path.isfile(path):
         raise UserError(f"data.degradation: {name}: no such file")
-    preset = {"name": "chain", **_read_yaml(path)}
+    if path in seen:
+        chain = " -> ".join(one.stem for one in (*seen, path))
+        raise UserError(f"data.degradation: {path} is its own preset: {chain}")
+    preset = degradation_of({"name": "chain", **_read_yaml(path, "steps: [blur]")}, (*seen, path))
     if preset["name"] == "chain":
         preset["preset"] = path.stem
     rest = dict(given) if isinstance(given, Mapping) else {}
@@ -611,6 +623,15 @@ def recipe_of(values: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: " + "; ".join(_one_line(fault) for fault in faults)) from error
 
 
+_TABLE = "keys and values are needed, such as {key: value}"
+_MESSAGES = {
+    "tuple_type": "a list is needed, such as [one, two]",
+    "too_short": "at least 1 item is needed",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), _TABLE),
+}
+"""Kinds of faults that pydantic describes in terms of Python -> what is wrong."""
+
+
 def _one_line(fault: Mapping[str, Any]) -> str:
     parts, fields = _location(fault["loc"])
     key = ".".join(parts) or "recipe"
@@ -618,7 +639,8 @@ def _one_line(fault: Mapping[str, Any]) -> str:
         return f"{key}: unknown key{nearest(parts[-1], fields)}"
     if fault["type"] == "value_error":
         return f"{'' if key == 'recipe' else key + ': '}{fault['ctx']['error']}"
-    message = re.sub(r" or instance of \w+", "", fault["msg"][0].lower() + fault["msg"][1:])
+    message = _MESSAGES.get(fault["type"], fault["msg"][0].lower() + fault["msg"][1:])
+    message = re.sub(r" or instance of \w+", "", message)
     return (
         f"{key}: {message}"
         if fault["type"] == "missing"

@@ -14,6 +14,8 @@ from pipeline.cli import nearest
 from pipeline.data.degradations import KINDS
 from pipeline.data.degradations.base import DegradationSpec, NoiseSpec
 from pipeline.data.degradations.bicubic import BicubicSpec
+from pipeline.data.degradations.chain import GROUPS
+from pipeline.data.degradations.steps import STEPS
 from pipeline.installation import recipe_names
 from pipeline.spec import Factor, Probability, Spec
 
@@ -40,12 +42,25 @@ def _named(value: Any) -> Any:
     if isinstance(value, dict):
         value = {"name": "bicubic", **value}
         known = [*(kind.Spec.model_fields["name"].default for kind in KINDS), PER_FOLDER]
-        if value["name"] not in known:
-            known += recipe_names("recipes/degradations")
+        name = str(value["name"])
+        if name in (*STEPS, *GROUPS):
             raise ValueError(
-                f"no degradation named {value['name']!r}{nearest(str(value['name']), known)}; "
-                f"there are {', '.join(known)}, and YAML files of your own by their path"
+                f"{name!r} is a step or group, not a degradation; a chain has them: "
+                f"{{name: chain, steps: [{name}]}}"
             )
+        if name not in known:
+            known += recipe_names("recipes/degradations")
+            near = nearest(name, known)
+            rest = "" if "choose from" in near else f"; there are {', '.join(known)}"
+            raise ValueError(
+                f"no degradation named {name!r}{near}{rest}, and YAML files of your own by their "
+                "path"
+            )
+        return value
+    if not isinstance(value, DegradationSpec):
+        raise ValueError(
+            f"{value!r} is not a degradation; give its name, such as bicubic, or a table with it"
+        )
     return value
 
 

@@ -84,7 +84,7 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ("start=previous", "start: previous, but there is no previous stage"),
         ("stages.gan.steps=3", "recipe vapsr_x2 has no stages"),
         ("losses.l1=abc", "losses.l1: 'abc' is neither a weight nor a table with a weight"),
-        ("adversarial=3", "adversarial: input should be a valid dictionary, not 3"),
+        ("adversarial=3", "adversarial: keys and values are needed, such as {key: value}, not 3"),
         ("best.metric=lpips", "best.metric lpips needs validation_lpips: alex, squeeze or vgg"),
         ("data.crop=65", "data.crop 65 is not a multiple of scale 2; use 64"),
         ("steps=0", "steps: input should be greater than 0, not 0"),

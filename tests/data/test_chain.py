@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from test_degradations import photographs, undone
 
 from conftest import photograph
@@ -22,6 +23,7 @@ from pipeline.data.degradations import build_degradation, host
 from pipeline.data.degradations.chain import Chain, ChainSpec, label, run
 from pipeline.data.degradations.host import Workspace
 from pipeline.data.degradations.steps import STEPS
+from pipeline.data.degradations.steps.base import Names
 from pipeline.data.degradations.steps.sharpen import sharpened_hr
 from pipeline.data.image_files import write_file_list
 from pipeline.data.reader import low_resolution, training_pipeline
@@ -70,8 +72,36 @@ def test_a_recipe_that_a_run_keeps_says_the_same() -> None:
     assert ChainSpec.model_validate(spec.model_dump(mode="json")) == spec
     assert ChainSpec.model_validate_json(spec.model_dump_json()) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
-    every = ChainSpec.model_validate({"steps": list(STEPS)})
-    assert ChainSpec.model_validate(every.model_dump(mode="json")) == every
+
+
+def sections() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what recipes may say of each step: nothing, and every name of a table of shares."""
+    for step, row in STEPS.items():
+        yield step, {}
+        main = "codec" if "codec" in row.Spec.model_fields else "kind"
+        for key, field in row.Spec.model_fields.items():
+            for mark in field.metadata:
+                for name in mark.names if isinstance(mark, Names) else ():
+                    yield step, {key: name}
+                    if key == main:
+                        default = row.Spec.model_fields["probability"].default
+                        yield step, {main: name, "probability": default}
+    yield "banding", {"bits": [3, 5]}
+    yield "compress", {"codec": ["jxl", "webp"]}
+    yield "resize", {"to": "lr", "detour": {"down": 0.5, "kind": "nearest"}}
+
+
+def test_every_section_of_a_recipe_that_a_run_keeps_says_the_same() -> None:
+    tried = 0
+    for step, section in sections():
+        try:
+            spec = ChainSpec.model_validate({"steps": [{step: section}]})
+        except ValidationError:
+            assert step in ("compress", "noise"), (step, section)  # what needs another key too
+            continue
+        assert ChainSpec.model_validate(spec.model_dump(mode="json")) == spec, (step, section)
+        tried += 1
+    assert tried > 100
 
 
 @pytest.mark.parametrize(
@@ -89,7 +119,11 @@ def test_a_recipe_that_a_run_keeps_says_the_same() -> None:
             r"0.4 \+ 0.4 = 0.8; they must sum to 1",
         ),
         ([{"one_of": [{"probability": 0.4, "noise": {}}, "blur"]}], "of every choice"),
-        ([{"one_of": []}], "at least 1"),
+        ([{"one_of": []}], r"one_of: at least 1 item is needed, not \[\];"),
+        ([{"one_of": {"blur": {}}}], "one_of: a list is needed"),
+        ([{"blur": 3}], "blur: keys and values are needed, .* not 3"),
+        ([{"blur": {"sigma": [True, True]}}], "neither a number nor a range"),
+        ([{"blur": {"kind": {"lens": True}}}], "true is not a number"),
         ([{"sometimes": {"steps": ["blur"]}}], "sometimes.probability"),
         ([{"sometimes": {"probability": 1, "steps": ["blurr"]}}], "did you mean 'blur'"),
         (["blur"] * 201, "201 steps and groups; at most 200"),
@@ -103,6 +137,10 @@ def test_a_bad_list_is_refused_by_name(steps: list[Any], message: str) -> None:
 def test_an_unknown_degradation_names_the_presets() -> None:
     with pytest.raises(UserError, match=r"no degradation named 'web_foto'.*'web_photo'"):
         recipe_of({"data": {"degradation": "web_foto"}}, "recipe")
+    with pytest.raises(UserError, match=r"a step or group, .*\{name: chain, steps: \[blur\]\}"):
+        recipe_of({"data": {"degradation": ["blur", "noise"]}}, "recipe")
+    with pytest.raises(UserError, match=r"None is not a degradation; give its name"):
+        recipe_of({"data": {"degradation": None}}, "recipe")
 
 
 @pytest.mark.parametrize("name", recipe_names("recipes/degradations"))
@@ -133,6 +171,30 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=r"other\.yaml: no such file"):
         degradation_of(str(tmp_path / "other.yaml"))
+    path.write_text("- blur\n")
+    with pytest.raises(UserError, match=r"mine\.yaml must contain keys and .*`steps: \[blur\]`"):
+        degradation_of(str(path))
+
+
+def test_a_preset_may_change_keys_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: dvd\nsurroundings: 8\n")
+    dvd = degradation_of("dvd")
+    assert degradation_of(str(path)) == {**dvd, "preset": "mine", "surroundings": 8}
+    path.write_text(f"name: {path}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml is its own preset: mine -> mine"):
+        degradation_of(str(path))
+
+
+def test_keys_beside_a_preset_and_another_name(tmp_path: Path) -> None:
+    dvd = load_stages("demo", {"data.degradation": "dvd"})[0].data.degradation
+    # Another name leaves none of the steps of the recipe.
+    named = load_stages("dejpeg_x1", {"data.degradation.name": "dvd"})[0].data.degradation
+    assert named == dvd
+    (tmp_path / "base.yaml").write_text("base: demo\ndata: {degradation: dvd}\n")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"base: {tmp_path}/base.yaml\ndata: {{degradation: {{surroundings: 8}}}}\n")
+    assert load_stages(str(own))[0].data.degradation == dvd.model_copy(update={"surroundings": 8})
 
 
 # Draws.

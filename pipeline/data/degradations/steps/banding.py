@@ -37,7 +37,8 @@ class BandingSpec(StepSpec):
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> BandingSpec:
-        if self.bits and "levels" in self.model_fields_set:
+        # The default may be written out, as in the recipe that a run keeps.
+        if self.bits and self.levels != BandingSpec.model_fields["levels"].default:
             raise ValueError("give levels or bits, not both")
         return self
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from pipeline.cli import nearest
-from pipeline.spec import Probability, Spec
+from pipeline.spec import Number, Probability, Spec
 
 Image = NDArray[Any]
 Parameters = dict[str, Any]
@@ -158,7 +158,7 @@ def shares_of(*names: str) -> Any:
         return shares
 
     return Annotated[
-        dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]],
+        dict[str, Annotated[Number, Field(ge=0)]],
         BeforeValidator(table),
         AfterValidator(check),
         Names(names),

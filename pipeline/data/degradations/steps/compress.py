@@ -144,7 +144,8 @@ class CompressSpec(StepSpec):
         names = [name for name, share in self.codec.items() if share]
         for key in ("quality", "preset"):
             _check_ranges(key, getattr(self, key), names)
-        if "subsampling" in self.model_fields_set:
+        # The default may be written out, as in the recipe that a run keeps.
+        if self.subsampling != CompressSpec.model_fields["subsampling"].default:
             given = [name for name, share in self.subsampling.items() if share]
             some_choose = any(len(CODECS[name].subsamplings) > 1 for name in names)
             for name in names:
