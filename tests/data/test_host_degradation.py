@@ -15,11 +15,12 @@ from test_noise import ran
 
 from conftest import ROOT, photograph
 from pipeline.checkpoint.progress import Progress, read_progress
-from pipeline.data.degradations import host, kernels, noise
+from pipeline.data.degradations import build_degradation, host, kernels, noise
 from pipeline.data.degradations.host import Workspace
 from pipeline.data.degradations.realesrgan import RealEsrgan, RealEsrganSpec
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource
+from pipeline.data.spec import DataSpec
 
 KERNELS: Mapping[str, np.ndarray] = {
     "round": kernels.gaussian_kernel(21, 2.1, 2.1, 0),
@@ -311,6 +312,21 @@ def test_real_esrgans_chain_is_made_of_steps(scale: int, largest: float) -> None
         np.testing.assert_array_equal(lr, written_out(drawn, keys, region, scale))
         modes.add((drawn["first"]["blur"]["shape"], drawn["final"]["mode"]))
     assert len(modes) > 12
+
+
+@pytest.mark.parametrize("name", ["bicubic", "gaussian", "realesrgan"])
+def test_lr_of_16_bits_is_not_rounded_to_8(name: str) -> None:
+    degradation = build_degradation(DataSpec(degradation=name).degradation, 4)
+    region = photograph(1, 96, 104).astype(np.float32) + np.float32(0.3)
+    are_whole = []
+    for i, row in enumerate(np.random.default_rng(3).random((20, NUMBERS)).tolist()):
+        drawn, keys = degradation.draw(iter(row), 96, 104), [i * 8 + j for j in range(8)]
+        arguments = drawn, keys, region.copy(), (0, 0), (96, 104), Workspace()
+        lr = degradation.lr_on_host(*arguments).astype(np.float32)
+        assert lr.shape == (24, 26, 3)
+        are_whole.append(np.array_equal(lr, np.rint(lr)))
+    # A JPEG at the end of Real-ESRGAN's chain leaves whole levels.
+    assert 0 < sum(are_whole) < 20 if name == "realesrgan" else not any(are_whole)
 
 
 def test_every_draw_can_be_made(tmp_path: Path) -> None:

@@ -75,4 +75,4 @@ class Bicubic(Degradation):
             [side // self.scale for side in place] for place in (start, size)
         )
         part = np.ascontiguousarray(lr[top : top + height, left : left + width])
-        return host.rounded(part, workspace)
+        return host.rounded_as(region, part, workspace)

@@ -369,10 +369,8 @@ class Chain(Degradation):
     ) -> NDArray[Any]:
         from pipeline.data.degradations import host
 
-        is_deep = region.dtype == np.float32
         part = self._part(run(region, parameters["steps"], workspace), start, size)
-        # In a run of 16 bits, `part` is rounded to those.
-        return part if is_deep else host.rounded(part, workspace)
+        return host.rounded_as(region, part, workspace)
 
     def rest_on_host(
         self,

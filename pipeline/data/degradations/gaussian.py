@@ -99,6 +99,5 @@ class Gaussian(Degradation):
         first = self.scale // 2
         (top, left), (height, width) = start, size
         part = blurred[top : top + height, left : left + width]
-        return host.rounded(
-            np.ascontiguousarray(part[first :: self.scale, first :: self.scale]), workspace
-        )
+        lr = np.ascontiguousarray(part[first :: self.scale, first :: self.scale])
+        return host.rounded_as(region, lr, workspace)

@@ -472,6 +472,14 @@ def rounded(image: Levels | Bytes, workspace: Workspace) -> Bytes:
     return cv2.convertScaleAbs(positive, dst=workspace.array("bytes", image.shape, np.uint8))
 
 
+def rounded_as(region: Levels | Bytes, image: Levels | Bytes, workspace: Workspace) -> Any:
+    """Return the image that was made from a region: as bytes if the region is, else unchanged.
+
+    In a run of 16 bits, whose regions are float32 levels, the caller rounds to these.
+    """
+    return rounded(image, workspace) if region.dtype == np.uint8 else image
+
+
 def in_depth(image: Levels | Bytes, depth: int, workspace: Workspace) -> Bytes | NDArray[np.uint16]:
     """Return levels as pixels of `depth` bits, 8 or 16, clipped and rounded to the nearest."""
     if depth == 8:

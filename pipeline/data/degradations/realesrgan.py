@@ -273,7 +273,7 @@ class RealEsrgan(Degradation):
         size: tuple[int, int],
         workspace: Any,
     ) -> NDArray[np.uint8]:
-        from pipeline.data.degradations import host
+        from pipeline.data.degradations.host import rounded_as
 
         *steps, last = steps_of(parameters, self.scale, keys)
         lr = run(region, steps, workspace)
@@ -282,14 +282,14 @@ class RealEsrgan(Degradation):
         )
         if last["step"] != "blur":
             lr = run(lr, [last], workspace)
-            return host.rounded(lr, workspace)[top : top + height, left : left + width]
+            return rounded_as(region, lr, workspace)[top : top + height, left : left + width]
         # Only this filter is left to depend on pixels around the crop.
         reach = last["side"] // 2
         above, before = min(reach, top), min(reach, left)
         near = np.ascontiguousarray(
             lr[top - above : top + height + reach, left - before : left + width + reach]
         )
-        near = host.rounded(run(near, [last], workspace), workspace)
+        near = rounded_as(region, run(near, [last], workspace), workspace)
         return near[above : above + height, before : before + width]
 
     def _resize_and_sinc(self, nodes: Nodes, image: Any, low: Any, on_device: OnDevice) -> Any:
