@@ -54,7 +54,7 @@ class Criterion:
     def __call__(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         """Return each weighted term as a float32 scalar.
 
-        `sr` is float NCHW in [0, 1]; `hr` has the same shape, uint8 or float in [0, 1]. Raises
+        `sr` is float NCHW in [0, 1]; `hr` has the same shape, pixels or floats in [0, 1]. Raises
         `ValueError` if the first float `hr` is not in [0, 1]. Later ones are not checked, because
         reading their range would wait for the device.
         """
@@ -67,7 +67,7 @@ class Criterion:
             }
 
     def _check_range(self, hr: Tensor) -> None:
-        if self._is_checked or hr.dtype == torch.uint8:
+        if self._is_checked or hr.dtype in (torch.uint8, torch.uint16):
             return
         low, high = hr.min().item(), hr.max().item()
         if not (low >= 0 and high <= 1):

@@ -379,3 +379,10 @@ def test_training_in_16_bits_avoids_the_banding_of_8(tmp_path: Path) -> None:
             scores[depth].append(measure(deep, to_tensor(hr), 2)["psnr_rgb"])
     for in_8, in_16 in zip(scores[8], scores[16], strict=True):
         assert in_16 > in_8 + 2, scores
+
+
+def test_half_precision_holds_white_of_16_bits() -> None:
+    white = torch.tensor([65535], dtype=torch.int32).to(torch.uint16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        found = unit_range(white, dtype)
+        assert (found.dtype, found.item()) == (dtype, 1.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 
@@ -266,6 +267,28 @@ def test_the_hash_of_the_contents_follows_the_manifests(tmp_path: Path) -> None:
     # the manifest counts, so a good copy may replace the file
     (root / "photos/2/x1_0_0.npy").write_bytes(b"damaged")
     assert read_dataset([root]).identity() == plain
+
+
+def test_a_run_in_16_bits_trains_validates_draws_and_names_its_depths(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "data", [f"{i}.npy" for i in range(4)])
+    deep = np.load(root / "0.npy").astype(np.uint16) * 256 + 77
+    np.save(root / "0.npy", deep)
+    (root / "deep.png").write_bytes(imagecodecs.png_encode(deep))
+    (root / "validation_file_list.txt").write_text("deep.png\n")
+    arguments = command(root, tmp_path / "run", "steps=2", "validate_every=2", "previews.count=1")
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert "mixed depths: 2 files have 16 bits per value" in said
+    assert "validation at step 2" in said
+    (sheet,) = (tmp_path / "run/samples").glob("*/step-00000002.png")
+    assert imagecodecs.png_decode(sheet.read_bytes()).dtype == np.uint16
+    (root / "0.npy").unlink()  # now the run would work in 8 bits
+    np.save(root / "0.npy", photograph(0, 64, 64))
+    (root / "deep.png").write_bytes(imagecodecs.png_encode(photograph(0, 64, 64)))
+    refused = run([*arguments, "steps=4"])
+    assert refused.returncode == 2
+    assert "data.depth: 16 in the run, 8 asked for" in refused.stdout + refused.stderr
 
 
 def test_the_share_of_waiting_for_data_is_logged(dataset: Path, tmp_path: Path) -> None:

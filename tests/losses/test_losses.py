@@ -39,6 +39,8 @@ def test_the_criterion_weighs_and_takes_bytes() -> None:
     assert list(losses) == ["l1", "mse"]
     assert losses["l1"].item() == pytest.approx(0.5 * (sr - hr.float() / 255).abs().mean().item())
     assert losses["mse"].item() == pytest.approx(2 * (sr - hr.float() / 255).square().mean().item())
+    deep = (hr.to(torch.int32) * 257).to(torch.uint16)
+    assert Criterion({"l1": 0.5, "mse": 2})(sr, deep) == losses
     half = Criterion({"l1": 1.0})(sr.half(), hr)["l1"]
     assert half.dtype == torch.float32  # the mean of many FP16 values is not computed in FP16
 
