@@ -1,4 +1,4 @@
-"""Degrade images and videos as training does, and write the LR images with what was drawn."""
+"""Degrade images and videos as training does, and record what was drawn for each LR image."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ IDENTITY = ("settings", "seed", "number", "bytes", "mtime_ns")
 class Options:
     """Make LR images from the images and videos in IN, with the degradations of training.
 
-    OUT gets the same subfolders and names, and in OUT/degradations.jsonl one line per LR image with
-    all that was drawn for it. The draws depend only on the seed and the file's name. A video
-    becomes a folder of frames, which get the same parameters, but noise of their own. Sides that
-    are not multiples of the scale lose their last rows or columns. Run the same command again to
-    continue one that was stopped or killed.
+    OUT gets the same subfolders and names. OUT/degradations.jsonl has one line per LR image, with
+    everything that was drawn for it. The draws depend only on the seed and the file's name. A video
+    becomes a folder of frames with the same parameters, but each frame has its own noise. If a side
+    is not a multiple of the scale, the last rows or columns are cropped. If the tool was stopped or
+    killed, run the same command again to continue.
 
     Example: python tools/degrade.py ~/photos ~/photos_lr --degradation web_photo --scale 4
     """
@@ -70,16 +70,16 @@ class Options:
     out: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = None
     """Folder for the LR images."""
     degradation: str | None = None
-    """A preset, the path of a YAML file of one, or bicubic, gaussian or realesrgan; --list shows
-    all."""
+    """Name of a preset, path of a preset's YAML file, or bicubic, gaussian or realesrgan; --list
+    shows all."""
     recipe: str | None = None
     """Take the degradation and the scale from this recipe (a name in recipes/ or a file)."""
     scale: int | None = None
-    """HR is this many times as high and wide as LR, 1 to 8. Default: that of --recipe."""
+    """HR is this many times as high and wide as LR, 1 to 8. Default: the scale of --recipe."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random draws."""
     variants: int = 1
-    """Make this many different LR images of each file, in OUT/variant-1, OUT/variant-2…"""
+    """Number of different LR images per file, above 1 in OUT/variant-1, OUT/variant-2…"""
     per_frame: bool = False
     """Draw new parameters for every frame of a video."""
     format: Literal["png", "webp", "npy", "jp2"] = "png"
@@ -94,7 +94,7 @@ class Settings(NamedTuple):
     """What determines the LR images, except the sources."""
 
     degradation: Degradation
-    name: str  # for a reader
+    name: str  # for the records and messages
     scale: int
     seed: int
     per_frame: bool
@@ -102,7 +102,7 @@ class Settings(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Hash of what must not differ between the images of one folder."""
+        """Hash of the settings that all images in one folder must share."""
         spec = self.degradation.spec.model_dump(mode="json", exclude={"preset"})
         known = json.dumps([spec, self.scale, self.per_frame, self.form], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
@@ -110,7 +110,7 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """An LR image to make: of an image, or of a frame of a video with its `pixels`."""
+    """An LR image to make from an image, or from a video frame, whose `pixels` it holds."""
 
     source: str  # relative to the folder of sources
     target: str  # relative to OUT
@@ -120,7 +120,7 @@ class Job:
     pixels: np.ndarray | None = None
 
     def number(self, *, of_frame: bool) -> int:
-        """Return the number that selects what is drawn, from the name; below 2^48."""
+        """Return the number, below 2^48, that selects the draws; it is a hash of the name."""
         name = f"{self.variant}/{self.source}"
         if of_frame and self.frame is not None:
             name += f"/{self.frame}"
@@ -131,7 +131,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What happened to the files."""
+    """Counts of the LR images, and the files that could not be degraded."""
 
     made: int = 0
     already: int = 0
@@ -142,7 +142,7 @@ class Report:
 def main(options: Options) -> int:
     """Make the LR images.
 
-    Returns 0 if all were made, 1 if some files are too small, or cannot be read.
+    Returns 0 if all were made, 1 if some files are too small or cannot be read.
     """
     if options.list:
         print("\n".join(listing()))
@@ -176,7 +176,7 @@ def main(options: Options) -> int:
 
 
 def _settings(options: Options) -> Settings:
-    """Return what to do to the images; raises `UserError` for what is missing or contradictory."""
+    """Return the settings; raises `UserError` if options are missing or contradictory."""
     if (options.degradation is None) == (options.recipe is None):
         raise UserError(
             "give the degradation: either --degradation PRESET (--list shows them) or --recipe NAME"
@@ -243,7 +243,7 @@ def _settings(options: Options) -> Settings:
 
 
 def listing() -> list[str]:
-    """Return a line for every degradation: its name and what it is."""
+    """Return a line for each degradation: its name and a description."""
     told = {
         kind.Spec.model_fields["name"].default: (kind.Spec.__doc__ or "").splitlines()[0]
         for kind in KINDS
@@ -301,7 +301,7 @@ def _is_video(name: str | os.PathLike[str]) -> bool:
 
 
 class Records:
-    """The lines of degradations.jsonl, by file. Only the thread that made it adds lines."""
+    """The lines of degradations.jsonl, by file. Only the thread that created this adds lines."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self._path, self._lines = path, {}
@@ -335,7 +335,7 @@ class Records:
         self._file = AppendFile(path)
 
     def holds(self, wanted: Mapping[str, Any]) -> bool:
-        """Whether the file exists and was made as a record `wanted` says."""
+        """Whether the file exists and its record matches `wanted` in all keys of `IDENTITY`."""
         line = self._lines.get(wanted["file"])
         if line is None or not (self._path.parent / wanted["file"]).is_file():
             return False
@@ -348,7 +348,7 @@ class Records:
         self._insert(record["file"], line)
 
     def close(self) -> None:
-        """Sort the lines, so that interruptions leave no trace."""
+        """Sort the lines, so that an interrupted run ends with the same file."""
         self._file.close()
         if not self._is_sorted:
             lines = [line for _, line in sorted(self._lines.items())]
@@ -361,7 +361,7 @@ class Records:
 
 @contextmanager
 def _opened(out: Path, settings: Settings) -> Iterator[Records]:
-    """Open OUT for this process alone."""
+    """Open OUT, locked for this process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
@@ -396,7 +396,7 @@ def _opened(out: Path, settings: Settings) -> Iterator[Records]:
 
 
 class Jobs:
-    """Iterates over the LR images to make, in order; frames of videos are decoded meanwhile."""
+    """Iterates over the LR images to make, in order, and decodes video frames on the way."""
 
     def __init__(
         self, root: Path, names: Sequence[str], variants: int, form: str, report: Report
@@ -407,7 +407,7 @@ class Jobs:
 
     @cached_property
     def count(self) -> int | None:
-        """The number of jobs; `None` with videos, which do not say how many frames they have."""
+        """The number of jobs; `None` if there are videos, whose frames are not counted beforehand."""
         if any(_is_video(name) for name in self._names):
             return None
         return len(self._names) * self._variants
@@ -431,7 +431,7 @@ class Jobs:
                     yield Job(name, file, variant, stamp, index, pixels)
 
     def _frames(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the frames of a video; what is wrong with it is reported."""
+        """Yield (index, pixels) of each frame of a video; adds its faults to the report."""
         from tools.video.frames import FrameCounts, all_frames
         from tools.video.probe import BadVideoError, probe
 
@@ -455,9 +455,9 @@ class Jobs:
 
 
 def _targets(names: Sequence[str], form: str) -> dict[str, str]:
-    """Return the file of each image, or the folder of each video, relative to OUT.
+    """Return the LR file of each image, or the folder of each video, relative to OUT.
 
-    Images whose names differ only in the suffix keep it.
+    Images whose names differ only in the suffix keep their suffixes.
     """
     stems = [os.path.splitext(name)[0] for name in names if not _is_video(name)]
     twice = {stem for stem in stems if stems.count(stem) > 1} if len({*stems}) < len(stems) else ()
@@ -470,7 +470,7 @@ def _targets(names: Sequence[str], form: str) -> dict[str, str]:
 
 
 class Refusal(NamedTuple):
-    """Why no LR can be made of an image."""
+    """Why no LR can be made from an image."""
 
     reason: str
     is_small: bool = False
@@ -486,7 +486,7 @@ class Maker:
         self._records, self._own = records, threading.local()
 
     def __call__(self, job: Job) -> tuple[Job, dict[str, Any] | Refusal | None]:
-        """Return the record of the file that was written; `None` if it existed already."""
+        """Return the job and the record of the written file, `None` if the file existed."""
         settings = self._settings
         record = {
             "file": job.target,
@@ -536,7 +536,7 @@ class Maker:
 def drawn(settings: Settings, job: Job, size: tuple[int, int]) -> tuple[Parameters, list[int]]:
     """Return the parameters and the noise keys for an image of `size` (height, width).
 
-    The frames of a video share the parameters; what is random in each pixel differs.
+    The frames of a video share the parameters, but have different noise.
     """
     number = job.number(of_frame=settings.per_frame)
     words = random_words(settings.seed, FILES, number, 1, WORDS)[0]
@@ -557,13 +557,13 @@ def degraded(
     region: np.ndarray,
     workspace: Workspace,
 ) -> np.ndarray:
-    """Return LR of a whole image, uint8, in memory of the workspace."""
+    """Return LR of a whole image, uint8, in the workspace's memory."""
     size = region.shape[0], region.shape[1]
     return degradation.lr_on_host(parameters, keys, region, (0, 0), size, workspace)
 
 
 def _tell(report: Report, out: Path, unread: Sequence[str]) -> int:
-    """Print what was made; return the exit status."""
+    """Print the report; return the exit status."""
     already = f", {report.already} existed already" if report.already else ""
     print(f"{counted(report.made, 'LR image')} written to {out}{already}")
     for what, files in (

@@ -1,7 +1,7 @@
-"""Estimate what real LR images suffer from, and write it as a degradation preset.
+"""Estimate the degradations of real LR images, and write them as a preset.
 
-Each image is measured by itself (`tools.estimation.measurement`); the preset is made from the
-percentiles over all of them (`tools.estimation.preset`).
+Each image is measured by itself (`tools.estimation.measurement`); the preset is made from
+percentiles over all images (`tools.estimation.preset`).
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ NUM_SHOWN = 20
 
 @dataclass(frozen=True)
 class Options:
-    """Estimate what real LR images suffer from, and write a degradation preset with reasons.
+    """Estimate the degradations of real LR images, and write a preset that states the reasons.
 
-    JPEG quality and chroma subsampling come from the tables of JPEG files; for JPEGs that were
-    saved again as PNG, WebP or other formats, from the traces in their pixels, with the place of
-    the block grid; the quality of WebP files from their quantisers. Also measured: noise of luma
-    and chroma, blur, earlier enlargements, subsampled chroma without JPEG, levels in use, black
-    bars, interlaced lines. Of large images, the middle 1024x1024 pixels are measured.
-    docs/estimating-degradations.md says how far each number can be trusted.
+    JPEG quality and chroma subsampling come from the tables of JPEG files. For JPEGs that were
+    saved again as PNG, WebP or other formats, they come from traces in the pixels, as does the
+    position of the block grid. The quality of WebP files comes from their quantisers. Also
+    measured: luma and chroma noise, blur, earlier enlargements, subsampled chroma without JPEG,
+    levels in use, black bars and interlaced lines. In large images, the middle 1024x1024 pixels are
+    measured. docs/estimating-degradations.md says how reliable each number is.
 
     Example: python tools/estimate_degradation.py ~/old_photos --out old_photos.yaml
     """
@@ -70,21 +70,21 @@ class Options:
     lr_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LR_DIR")]
     """Folder of the LR images (searched recursively)."""
     out: Path | None = None
-    """The preset to write. Default: NAME.yaml in the current folder, NAME being that of LR_DIR."""
+    """The preset to write. Default: NAME.yaml in the current folder, NAME being LR_DIR's name."""
     json: Path | None = None
-    """Also write the measurements of every image, and of every folder, to this file."""
+    """Also write the measurements of each image and each folder to this file."""
     sample: int | None = None
-    """Measure this many random images instead of all."""
+    """Measure this many randomly chosen images instead of all."""
     seed: int = 0
     """Seed of the random sample."""
     max_megapixels: float = 300
-    """Skip larger images before decoding, because they could exhaust the memory."""
+    """Skip images above this size without decoding them, because they could exhaust the memory."""
     threads: int = 0
     """Number of threads; 0 is one per core."""
 
 
 def main(options: Options) -> int:
-    """Measure, print, and write the preset.
+    """Measure the images, print the tables, and write the preset.
 
     Returns 0 if all images were measured, 1 if some could not be.
     """
@@ -163,7 +163,7 @@ def _names(root: Path, options: Options) -> list[str]:
 
 
 def _check_target(flag: str, path: Path) -> None:
-    """Raise `UserError` if a file cannot go there, before the work begins."""
+    """Raise `UserError` if no file can be written there, before the work begins."""
     if path.is_dir():
         raise UserError(f"{flag} {path}: is a folder; give a file, such as {path / 'lr'}")
     if not path.parent.is_dir():
@@ -171,7 +171,7 @@ def _check_target(flag: str, path: Path) -> None:
 
 
 def _check_is_ours(out: Path) -> None:
-    """Raise `UserError` if the preset would overwrite a file that is not one."""
+    """Raise `UserError` if the preset would overwrite a file that this tool has not written."""
     try:
         with open(out, "rb") as file:
             begins = file.read(len(MARK))
@@ -188,7 +188,7 @@ def _check_is_ours(out: Path) -> None:
 
 
 def measure_file(root: Path, name: str, max_megapixels: float) -> Measurement | str:
-    """Measure an image file, or return why that is impossible."""
+    """Return the measurement of an image file, or the reason why it cannot be measured."""
     try:
         if is_npy(name):
             pixels = decode_file(root / name, max_megapixels=max_megapixels)
@@ -214,7 +214,7 @@ ALL = "."
 
 
 def _summaries(images: Sequence[Measurement]) -> dict[str, Summary]:
-    """Return the summary of each folder that holds images, if there are several, and of all."""
+    """Return the summary of all images and, if several folders hold images, of each folder."""
     folders: dict[str, list[Measurement]] = defaultdict(list)
     for image in images:
         folders[str(PurePosixPath(image.name).parent)].append(image)
@@ -277,7 +277,7 @@ def _as_json(images: Sequence[Measurement], summaries: dict[str, Summary], faile
 
 
 def _plain(value: object) -> object:
-    """Return a number of numpy's as one of Python's."""
+    """Convert a NumPy scalar to a Python number, for JSON."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
