@@ -407,7 +407,7 @@ class Jobs:
 
     @cached_property
     def count(self) -> int | None:
-        """The number of jobs; `None` if there are videos, whose frames are not counted beforehand."""
+        """The number of jobs; `None` with videos, whose frames are not counted beforehand."""
         if any(_is_video(name) for name in self._names):
             return None
         return len(self._names) * self._variants

@@ -1,1 +1,1 @@
-"""What an image shows of the degradations that it went through: arrays in, numbers out."""
+"""Measure which degradations an image shows: arrays in, numbers out."""

@@ -1,8 +1,8 @@
-"""Chroma subsampling of pixels that are full-size again, from the trace of the enlargement.
+"""Chroma subsampling, from the traces that it leaves in decoded pixels.
 
-After JPEG: of all subsamplings, only the true one makes the DCT coefficients of the reduced chroma
-multiples of their quantisation steps. Without JPEG: where every second chroma sample was
-interpolated, differences between neighbours are small and large in turns.
+After JPEG, the DCT coefficients of the reduced chroma are multiples of their quantisation steps for
+the true subsampling only. Without JPEG, differences between neighbours are alternately small and
+large if every second chroma sample was interpolated.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tools.estimation.jpeg import ROUNDING, JpegTrace, block_dct, step_gains, ta
 Plane = NDArray[np.float32]
 
 _NAMES = {(1, 1): "444", (2, 1): "422", (1, 2): "440", (2, 2): "420"}
-_MIN_NONZERO = 30  # chroma coefficients without which nothing can be said
-_MIN_GAIN = 0.1  # nats per coefficient; chroma on the wrong grid has less
-# Mean log ratio of the differences in turns, and the same in its own standard errors; of the
-# chroma of photographs without subsampling, none has both.
+_MIN_NONZERO = 30  # chroma coefficients; with fewer, there is no estimate
+_MIN_GAIN = 0.1  # nats per coefficient; the wrong subsampling gains less
+# Median log ratio of alternate differences, and their mean in standard errors. The chroma of
+# photographs without subsampling never reaches both.
 _MIN_RATIO = 0.08
 _MIN_ERRORS = 12.0
 
@@ -27,7 +27,7 @@ _MIN_ERRORS = 12.0
 def after_jpeg(
     blue: Plane, red: Plane, trace: JpegTrace, clipped: NDArray[np.bool_] | None = None
 ) -> str | None:
-    """Return "444", "422", "440" or "420"; `None` if the chroma kept too little detail to tell.
+    """Return "444", "422", "440" or "420"; `None` if the chroma has too little detail.
 
     `blue` and `red` are Cb and Cr around 0, float32 (height, width), of the image in whose luma
     `trace` was found. They may have been enlarged by repetition or by libjpeg's triangle filter.
@@ -75,7 +75,7 @@ def reduced(plane: Plane, across: int, down: int, is_smooth: bool) -> Plane:
 
 
 def _gain(plane: Plane, clipped: NDArray[np.bool_] | None, quality: int) -> float:
-    """Return by how many nats per nonzero coefficient the quality's chroma steps explain them."""
+    """Return the log-likelihood gain of the quality's chroma steps, in nats per coefficient."""
     if min(plane.shape) < 16:
         return 0.0
     steps = table(quality, is_chroma=True).ravel()
@@ -83,7 +83,7 @@ def _gain(plane: Plane, clipped: NDArray[np.bool_] | None, quality: int) -> floa
     gain, count = 0.0, 0
     for frequency in range(1, 64):
         levels = np.abs(blocks[:, frequency])
-        # Half the smallest step: less is a zero with the errors of rounding and clipping.
+        # Smaller values are zeros with errors from rounding and clipping.
         levels = levels[levels > max(3 * ROUNDING, 0.4 * steps[frequency])][:400]
         count += len(levels)
         if len(levels):
@@ -105,9 +105,12 @@ def in_turns(blue: Plane, red: Plane) -> str:
 
 
 def _turns(plane: Plane, axis: int) -> tuple[float, float]:
-    """Return the log ratio of even to odd differences along an axis, and its standard errors."""
+    """Return the log ratio of even to odd differences along an axis, and its significance.
+
+    The first number is the median; the second is the absolute mean in standard errors.
+    """
     differences = np.abs(np.diff(plane, axis=axis))
-    # One strong edge is no rhythm.
+    # Limit strong edges, which are not periodic.
     differences = np.minimum(differences, np.quantile(differences[::7, ::7], 0.99) + 1e-6)
     levels = differences.mean(axis=1 - axis, dtype=np.float64)
     pairs = np.log(levels[: len(levels) // 2 * 2].reshape(-1, 2) + 0.01)

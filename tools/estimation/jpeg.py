@@ -1,10 +1,10 @@
-"""JPEG compression: quality from the tables of a file, and from pixels that were saved again.
+"""JPEG quality, from the tables of a file or from pixels that were saved again.
 
 A JPEG file holds its quantisation tables. libjpeg makes them from a quality of 1..100 by scaling
-the example tables of ITU-T T.81, annex K. Pixels that were decompressed and saved in another format
-keep a trace: on the block grid, every DCT coefficient of the luma lies near a multiple of its
+the example tables of ITU-T T.81, annex K. Pixels that were decoded and saved in another format keep
+a trace: on the block grid, every DCT coefficient of the luma lies near a multiple of its
 quantisation step (Fan and de Queiroz, "Identification of Bitmap Compression History", 2003). The
-steps and the grid are those under which the coefficients are most likely.
+estimated steps and grid are those under which the coefficients are most likely.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ SUBSAMPLINGS = {
 }
 """(horizontal, vertical) ratio of luma to chroma samples -> name."""
 
-# Rounding of the decoded luma and of R, G and B: sqrt(1/12 + (.299^2 + .587^2 + .114^2) / 12).
+# Standard deviation from rounding the decoded luma and R, G and B:
+# sqrt(1/12 + (.299^2 + .587^2 + .114^2) / 12).
 ROUNDING = 0.35
 _MAX_STEP = 128  # larger steps leave nothing but zeros in ordinary images
-_NUM_BLOCKS = 4096  # blocks that are looked at, at most
-_PER_FREQUENCY = 400  # nonzero coefficients of one frequency that are looked at, at most
-_MIN_NONZERO = 60  # coefficients without which nothing can be said
-# Share of coefficients that may lie anywhere: where R, G or B was clipped, or something was pasted.
+_NUM_BLOCKS = 4096  # maximum number of blocks used
+_PER_FREQUENCY = 400  # maximum number of nonzero coefficients used per frequency
+_MIN_NONZERO = 60  # coefficients; with fewer, there is no estimate
+# Share of coefficients that need not be multiples: where R, G or B was clipped, or something was
+# pasted.
 _OUTLIERS = 0.05
-# Gain in nats per coefficient over coefficients that lie anywhere. Photographs that never were a
-# JPEG stay below 0.02, on any grid.
+# Gain in nats per coefficient over arbitrary coefficients. It stays below 0.02 on any grid for
+# photographs that were never JPEGs.
 _MIN_GAIN = 0.06
 
 
@@ -61,9 +63,9 @@ class JpegTables:
     """The compression of a JPEG file."""
 
     quality: int
-    """1..100: the quality whose tables are those of the file, or the nearest."""
+    """1..100: the quality whose tables equal those of the file, or are nearest to them."""
     is_standard: bool
-    """Whether the tables are exactly libjpeg's for this quality."""
+    """Whether the tables are exactly those of libjpeg for this quality."""
     subsampling: str
     """"444", "422", "440", "420", "411", "410", "gray", or "other"."""
     luma: NDArray[np.int64]
@@ -79,7 +81,7 @@ class JpegTrace:
     offset: tuple[int, int]
     """(row, column), 0..7 each, of the first whole block."""
     gain: float
-    """Evidence: nats per nonzero coefficient by which quantised coefficients are more likely."""
+    """Log-likelihood ratio of quantised over arbitrary coefficients, in nats per nonzero one."""
     luma: NDArray[np.int64]
     """Quantisation steps of the luma for this quality, (8, 8)."""
 
@@ -99,8 +101,8 @@ def quality_of(
 ) -> tuple[int, bool]:
     """Return the quality whose tables are nearest, and whether they are equal.
 
-    Nearest means the least mean difference of the steps' logarithms, for encoders with tables of
-    their own (Photoshop, mozjpeg, cameras).
+    The distance is the mean absolute difference between the logarithms of the steps. It matters for
+    encoders with their own tables (Photoshop, mozjpeg, cameras).
     """
     given = {False: luma} if chroma is None else {False: luma, True: chroma}
     distances = [
@@ -153,11 +155,11 @@ def block_dct(luma: NDArray[np.float32], offset: tuple[int, int]) -> NDArray[np.
 def find_trace(
     luma: NDArray[np.float32], clipped: NDArray[np.bool_] | None = None
 ) -> JpegTrace | None:
-    """Find a JPEG compression in pixels; `None` if they show none.
+    """Find the traces of a JPEG compression in pixels; `None` if there are none.
 
-    `luma` is ITU-R BT.601's, full range, float32 (height, width), levels 0..255, not rounded.
-    Blocks with pixels that are `clipped` in R, G or B are left out if there are enough others.
-    Images of less than 32 pixels per side show nothing.
+    `luma` is that of ITU-R BT.601, full range, float32 (height, width), levels 0..255, not rounded.
+    Blocks with pixels that are `clipped` in R, G or B are left out if enough others remain. Images
+    with fewer than 32 pixels per side give `None`.
     """
     if min(luma.shape) < 32:
         return None
@@ -170,7 +172,7 @@ def find_trace(
 
 
 def _likely_grids(luma: NDArray[np.float32]) -> list[tuple[int, int]]:
-    """Return the grids on which most coefficients are zero, and that of an uncropped image."""
+    """Return the three grids with the most zero coefficients, and that of an uncropped image."""
     height = min(luma.shape[0], 8 * 40 + 7)
     width = min(luma.shape[1], 8 * 40 + 7)
     top, left = ((luma.shape[0] - height) // 16) * 8, ((luma.shape[1] - width) // 16) * 8
@@ -194,9 +196,9 @@ _IS_AC[0, 0] = False
 def whole_blocks(
     blocks: NDArray[np.float32], clipped: NDArray[np.bool_] | None, offset: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Return `block_dct`'s blocks, (blocks, 64), without those that touch clipped pixels.
+    """Return the blocks of `block_dct`, (blocks, 64), without those that have clipped pixels.
 
-    All of them, if fewer than an eighth would be left.
+    Returns all blocks if an eighth or less would remain.
     """
     rows, columns = blocks.shape[:2]
     blocks = blocks.reshape(-1, 64)
@@ -219,7 +221,7 @@ def _explain(
     counts = np.zeros(64, int)
     for frequency in range(1, 64):
         levels = blocks[:, frequency]
-        # A zero is a multiple of every step, so only the others tell one step from another.
+        # Zero is a multiple of every step, so only other coefficients distinguish steps.
         levels = np.abs(levels[np.abs(levels) > 3 * ROUNDING])[:_PER_FREQUENCY]
         counts[frequency] = len(levels)
         if len(levels):
@@ -235,7 +237,7 @@ def _explain(
     quality, gain = best + 1, float(by_quality[best]) / total
     is_standard = gain > 0.6 * float(free.sum()) / total
     if not is_standard:
-        # Tables of another encoder: take the steps as they are found, where they are certain.
+        # Tables of another encoder: use the steps of the frequencies where they are certain.
         is_certain = (counts >= 20) & (free > 0.3 * counts)
         if is_certain.sum() < 5:
             return None
@@ -251,8 +253,8 @@ def _explain(
 def step_gains(levels: NDArray[np.float32], steps: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return, for each step, the log-likelihood of `levels` as its multiples with rounding noise.
 
-    Relative to levels that lie anywhere between two multiples. With a step of a few times the
-    noise or less, both are the same and the result is 0.
+    It is relative to levels that are uniformly distributed. For steps of a few times the noise or
+    less, the two cannot be distinguished, and the result is 0.
     """
     distance = levels[:, None] - steps * np.rint(levels[:, None] / steps)
     density = np.zeros_like(distance)

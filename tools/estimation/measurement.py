@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from pipeline.data.image_headers import ImageHeader
 from tools.estimation import chroma, jpeg, levels, noise, sharpness, webp
 
-MIN_SIDE = 64  # pixels; smaller images say too little
-MAX_SIDE = 1024  # of the middle part that is measured
+MIN_SIDE = 64  # pixels; smaller images have too little detail to measure
+MAX_SIDE = 1024  # pixels; of the middle part that is measured
 Plane = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG compression, of the file itself or found in the pixels of another format."""
+    """A JPEG compression: of the file itself, or found in the pixels of another format."""
 
     quality: int
     subsampling: str | None
@@ -31,7 +31,7 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one image shows. Levels are 0..255; lengths are in its own pixels."""
+    """The measurements of one image. Levels are 0..255; lengths are in pixels of the image."""
 
     name: str
     height: int
@@ -45,32 +45,32 @@ class Measurement:
     webp_quality: int | None
     """0..100, of a lossy WebP file."""
     subsampling: str | None
-    """Of chroma, by any codec; "gray" for an image without colours; `None`: unknown."""
+    """Chroma subsampling by any codec; "gray" for an image without colour; `None`: unknown."""
     luma_noise: float
-    """Standard deviation in Y: of white noise, before the JPEG compression if there is one."""
+    """Standard deviation of white noise in Y, from before the JPEG compression if there is one."""
     visible_noise: float
-    """The smallest noise that a JPEG compression leaves visible; 0 without one."""
+    """The weakest noise that the JPEG compression leaves visible; 0 without one."""
     chroma_noise: float | None
-    """Standard deviation in Cb and Cr; `None` where a codec hides it, and for gray images."""
+    """Standard deviation of noise in Cb and Cr; `None` if a codec hides it or the image is gray."""
     enlargement: float | None
-    """Factor of an earlier enlargement; `None`: none was found."""
+    """Factor of an earlier enlargement; `None`: not found."""
     is_repeated: bool
-    """Whether it repeated pixels (nearest neighbour)."""
+    """Whether the enlargement repeated pixels (nearest neighbour)."""
     blur: float | None
-    """Sigma of a Gaussian blur, in pixels before the enlargement; `None`: too few edges."""
+    """Sigma of a Gaussian blur, in pixels from before the enlargement; `None`: too few edges."""
     levels: int | None
-    """Levels per 256 that are in use; `None`: unknown."""
+    """Number of levels in use, out of 256; `None`: unknown."""
     bars: tuple[int, int, int, int]
     """Heights and widths of black bars: top, bottom, left, right."""
     combed: float
-    """Share of the blocks with the teeth of interlaced frames."""
+    """Share of blocks with combing, as in interlaced frames."""
 
 
 def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: bytes) -> Measurement:
     """Measure one image.
 
-    `pixels` is the decoded image, uint8 RGB (height, width, 3), upright; `data` its file. Raises
-    `ValueError` if it is smaller than `MIN_SIDE`, black bars excluded.
+    `pixels` is the decoded image, uint8 RGB (height, width, 3), upright; `data` is its file. Raises
+    `ValueError` if a side is shorter than `MIN_SIDE` without black bars.
     """
     height, width = pixels.shape[:2]
     bars = levels.black_bars(_luma(pixels))
@@ -106,7 +106,7 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
         borders = grid
         luma_noise, visible = noise.noise_below_jpeg(jpeg.block_dct(luma, grid), steps)
     enlargement = sharpness.find_enlargement(luma, remaining, borders)
-    # Noise below a JPEG is not white any more, but makes edges where it is strong.
+    # Noise from before a JPEG compression is no longer white, but strong noise still makes edges.
     at_edges = max(remaining, luma_noise)
     if enlargement is None:
         small = [luma, blue, red]
@@ -121,7 +121,7 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
     elif quality is not None:
         subsampling = "420"  # VP8 has no other
     elif not is_gray:
-        # Before the enlargement, which interpolates chroma, too.
+        # Measured at the size before the enlargement, which interpolates chroma too.
         subsampling = chroma.in_turns(*small[1:])
         chroma_noise = _chroma_noise(blue, red, subsampling)
     return Measurement(
@@ -147,7 +147,7 @@ def measure(name: str, pixels: NDArray[np.uint8], header: ImageHeader, data: byt
 
 
 def _luma(pixels: NDArray[np.uint8]) -> Plane:
-    """Return ITU-R BT.601's luma, full range, not rounded."""
+    """Return the luma of ITU-R BT.601, full range, not rounded."""
     return pixels.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -170,7 +170,7 @@ def _grid_of(luma: Plane) -> tuple[int, int]:
 
 
 def _chroma_noise(blue: Plane, red: Plane, subsampling: str) -> float:
-    """Return the noise of Cb and Cr, root mean square, at the size that chroma was stored in."""
+    """Return the RMS of the noise in Cb and Cr, at the size in which chroma was stored."""
     across, down = {"444": (1, 1), "422": (2, 1), "440": (1, 2), "420": (2, 2)}[subsampling]
     squares = [
         noise.white_noise(chroma.reduced(plane, across, down, is_smooth=False)) ** 2

@@ -1,4 +1,4 @@
-"""Noise level, separated from texture: of noise that was added last, and of noise below a JPEG."""
+"""Noise level, separated from texture: of white noise, and of noise from before a JPEG."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ _SIDE = 7  # of a patch, in pixels
 _MAX_PATCHES = 50_000
 _ROUNDS = 8  # of the selection of patches; it settles after about three
 _CONFIDENCE = 0.9999  # share of the patches of pure noise that count as flat
-# Fewer flat patches: the covariance of 49 pixels would be a guess.
+# With fewer flat patches, the covariance of 49 pixels would be unreliable.
 _MIN_PATCHES = 4 * _SIDE**2
 
 _FREQUENCY = np.add.outer(np.arange(8), np.arange(8)).ravel()
 _LOW = np.flatnonzero((_FREQUENCY >= 1) & (_FREQUENCY <= 2))  # where texture shows most
 _MIDDLE = np.flatnonzero((_FREQUENCY >= 4) & (_FREQUENCY <= 8))
-# Shares of the blocks, the flattest by low frequencies. Noise is the same in both; what is left of
-# texture grows with the share.
+# Shares of the blocks that are flattest in the low frequencies. Noise is the same in both shares;
+# the remaining texture grows with the share.
 _FLATTEST = (0.03, 0.2)
 _MAX_GROWTH = 1.5
 _MIN_BLOCKS, _MAX_BLOCKS = 30, 400
 _SIGMAS = np.geomspace(0.25, 64, 100)
-# In the smallest of the middle steps: smaller noise is rounded to zero nearly everywhere, and what
-# is left of textures looks like noise.
+# Relative to the smallest of the middle steps. Weaker noise is rounded to zero nearly everywhere,
+# and the remaining texture looks like noise.
 _VISIBLE = 0.25
 
 
 def white_noise(plane: Plane) -> float:
     """Return the standard deviation of white noise, in the levels of `plane`, (height, width).
 
-    Liu, Tanaka and Okutomi, "Single-Image Noise Level Estimation for Blind Denoising", 2013: of
-    patches without texture, the covariance's smallest eigenvalue is the noise's variance; which
-    patches have no texture is decided by the noise found so far. Noise that was blurred, enlarged
-    or compressed afterwards is not white any more and is found only in part. `plane` has levels
-    0..255 (or Cb, Cr: around 0) and at least 16 pixels per side.
+    Liu, Tanaka and Okutomi, "Single-Image Noise Level Estimation for Blind Denoising", 2013: the
+    smallest eigenvalue of the covariance of patches without texture is the variance of the noise;
+    these patches are selected iteratively, given the noise found so far. Noise that was blurred,
+    enlarged or compressed afterwards is no longer white and is found only in part. `plane` has
+    levels 0..255 (Cb and Cr: around 0) and at least 16 pixels per side.
     """
     patches = np.lib.stride_tricks.sliding_window_view(plane, (_SIDE, _SIDE))
     height, width = patches.shape[:2]
     stride = max(1, int(np.ceil(np.sqrt(height * width / _MAX_PATCHES))))
     patches = patches[::stride, ::stride].reshape(-1, _SIDE**2)
     texture = _texture(plane)[::stride, ::stride].ravel()
-    # Clipped patches (black bars, burnt lights) have no noise.
+    # Clipped patches (black bars, blown highlights) have no noise.
     is_whole = ~((patches == plane.min()) | (patches == plane.max())).any(axis=1)
     if is_whole.sum() >= _MIN_PATCHES:
         patches, texture = patches[is_whole], texture[is_whole]
     variance = _least_variance(patches)
-    # The sum of the squared slopes of pure noise: a gamma distribution, roughly.
+    # The sum of the squared slopes of pure noise has roughly a gamma distribution.
     inside = (_SIDE - 2) ** 2
     limit = 2 * float(gammaincinv(inside / 2, _CONFIDENCE))
     for _ in range(_ROUNDS):
@@ -79,13 +79,13 @@ def _least_variance(patches: NDArray[np.float32]) -> float:
 
 
 def noise_below_jpeg(blocks: NDArray[np.float32], steps: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the standard deviation of white luma noise that was there before a JPEG compression.
+    """Return the standard deviation of white luma noise from before a JPEG compression.
 
-    Also returns the smallest noise that would have been visible; below it, or where it cannot be
-    told from texture, the first is 0. Blocks without texture are found by their low frequencies,
-    and the noise by its likelihood of making the multiples of the steps that the middle
-    frequencies have. `blocks` are the DCT of the luma
-    on the JPEG's own grid, (rows, columns, 8, 8); `steps` its quantisation steps, (8, 8).
+    Also returns the weakest noise that would be visible. If the noise is weaker or cannot be
+    distinguished from texture, the first number is 0. Blocks without texture are found by their low
+    frequencies. The noise is the one under which the quantised coefficients of the middle
+    frequencies are most likely. `blocks` is the DCT of the luma on the JPEG's own grid, (rows,
+    columns, 8, 8); `steps` are its quantisation steps, (8, 8).
     """
     levels, step = blocks.reshape(-1, 64), steps.ravel().astype(np.float64)
     visible = _VISIBLE * float(np.percentile(step[_MIDDLE], 10))

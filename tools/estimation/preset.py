@@ -1,4 +1,4 @@
-"""From the measurements of many images to a degradation preset with reasons."""
+"""Turn the measurements of many images into a degradation preset that states its reasons."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import yaml
 from pipeline.cli import counted
 from tools.estimation.measurement import Measurement
 
-LEAST_SHARE = 0.03  # of the images; rarer degradations are left out of a preset
-LEAST_BLUR = 0.35  # pixels; sharp photographs differ by that much
-LEAST_NOISE = 0.75  # levels; below it, rounding to 8 bits
+LEAST_SHARE = 0.03  # of the images; presets omit rarer degradations
+LEAST_BLUR = 0.35  # pixels; sharp photographs differ by this much
+LEAST_NOISE = 0.75  # levels; rounding to 8 bits causes less
 LEAST_COMBED = 0.02  # of an image's blocks
 ENOUGH_LEVELS = 250
 
@@ -43,7 +43,7 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the images of a folder have in common. Counts are numbers of images."""
+    """Summary of the measurements of a folder. Counts are numbers of images."""
 
     count: int
     jpeg_files: Spread | None
@@ -64,11 +64,11 @@ class Summary:
     luma_noise: Spread | None
     """Of images whose noise is visible and at least `LEAST_NOISE`."""
     chroma_noise: Spread | None
-    """Of the same images, where chroma shows it."""
+    """Of the same images, if their chroma noise is known."""
     noise_known: int
-    """Images whose noise would be seen if they had `LEAST_NOISE`, or is seen."""
+    """Images whose noise is visible, or would be at `LEAST_NOISE`."""
     visible_noise: float
-    """Median of the smallest noise that JPEG compressions left visible; 0 without JPEG."""
+    """Median of the weakest noise that JPEG compressions leave visible; 0 without JPEG."""
     blur: Spread | None
     """Of images with at least `LEAST_BLUR`."""
     blur_known: int
@@ -76,7 +76,7 @@ class Summary:
     repeated: int
     """Enlargements that repeated pixels."""
     levels: Spread | None
-    """Levels in use of images that do not use all."""
+    """Number of levels in use, of images that do not use all."""
     levels_known: int
     combed: int
     bars: int
@@ -133,14 +133,14 @@ def _counted(names: Iterable[str | None]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Step:
-    """A step or group of a preset, and why it is there."""
+    """A step or group of a preset, and the reason for it."""
 
     section: dict[str, Any]
     reason: str
 
 
 def steps(found: Summary) -> list[Step]:
-    """Return the steps that make images like the measured ones from sharp HR, in order."""
+    """Return, in order, the steps that make images like the measured ones from sharp HR."""
     made = _size(found)
     for step in (_noise(found), _levels(found), _chroma(found), _interlace(found), _codec(found)):
         if step is not None:
@@ -149,7 +149,7 @@ def steps(found: Summary) -> list[Step]:
 
 
 def _size(found: Summary) -> list[Step]:
-    """Return the steps that make LR's size and its blur."""
+    """Return the steps that resize to LR and blur."""
     to_lr: dict[str, Any] = {"resize": {"to": "lr"}}
     blur: list[dict[str, Any]] = []
     if found.blur is not None and found.blur.count >= LEAST_SHARE * found.blur_known:
@@ -278,7 +278,7 @@ def _interlace(found: Summary) -> Step | None:
 
 
 def _codec(found: Summary) -> Step | None:
-    """Return the last compression: none, JPEG, or that of the files."""
+    """Return the step of the last compression: none, JPEG, or the codec of the files."""
     choices: list[dict[str, Any]] = []
     reasons: list[str] = []
     left = 1.0

@@ -1,9 +1,9 @@
-"""Blur and previous enlargement.
+"""Blur and earlier enlargement.
 
 Blur is measured at edges, by blurring them again (Zhuo and Sim, "Defocus Map Estimation from a
 Single Image", 2011): the less an edge loses, the softer it was. Enlargement is found by its
-period: interpolated pixels vary less, in the rhythm of the original's grid (Gallagher, "Detection
-of Linear and Cubic Interpolation in JPEG Compressed Images", 2005).
+period: interpolated pixels vary less, periodically with the grid of the original pixels (Gallagher,
+"Detection of Linear and Cubic Interpolation in JPEG Compressed Images", 2005).
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from pipeline.libraries import cv2
 
 Plane = NDArray[np.float32]
 
-# Standard deviations of the two blurs, in pixels, for edges that are sharp, and that are soft.
+# Standard deviations of the two blurs in pixels, for sharp edges and for soft edges.
 _BLURS = ((0.6, 1.2), (1.2, 2.4))
 _SOFT = 1.8  # above it, edges are measured again with the larger blurs
-_SOFT_FACTOR = 1.08  # by which the larger blurs read too low
+_SOFT_FACTOR = 1.08  # corrects the larger blurs, which measure too little
 _BORDER = 8
-_STRONGEST = 0.15  # share of the edges that is measured
-_MIN_STEP = 4.0  # gray levels per pixel at the least
-# Standard deviation that is measured in sharp photographs: pixels, lens and antialiasing.
+_STRONGEST = 0.15  # share of the edges that are measured
+_MIN_STEP = 4.0  # minimum slope of an edge, in levels per pixel
+# Standard deviation measured in sharp photographs, from pixels, lens and antialiasing.
 SHARP = 0.40
 
 _NUM_FREQUENCIES = 4096
-_TREND = 17  # pixels over which the variation of the content is levelled
+_TREND = 17  # pixels of the moving average that removes the variation of the content
 _LOWEST = 0.155  # cycles per pixel; the content's own variation is below
 _MIN_PEAK = 45.0  # power relative to neighbouring frequencies; photographs have up to 20
-# Of first differences that are small and large in turns: enough if the detail lost by halving is
-# that of a twofold enlargement, 0.38 to 0.5; it is 0.55 to 0.7 for a blur of one pixel.
+# Peak of first differences that are alternately small and large. It suffices if the detail lost by
+# halving is that of a twofold enlargement, 0.38 to 0.5; for a blur of one pixel it is 0.55 to 0.7.
 _MIN_TURNS, _MAX_TURNS_LOSS = 10.0, 0.52
-# Of the differences along an axis, relative to their 90th percentile: pixels that repeat their
-# neighbours have zeros.
+# Threshold of the differences along an axis, relative to their 90th percentile; repeated pixels
+# have differences of 0.
 _REPEATED = 0.05
-_LEAST = 0.02  # added to differences before their logarithm
-# Loss by reducing and enlarging, over that by blurring, of a picture that was that small: 0.5 to
-# 0.6. Pictures with the other factor of the same period lose 0.69 to 1.
+_LEAST = 0.02  # added to differences before taking their logarithm
+# Detail lost by reducing and enlarging, relative to that lost by blurring: 0.5 to 0.6 if the image
+# was enlarged by this factor, 0.69 to 1 if by the other factor with the same period.
 _MAX_LOSS = 0.65
 # The same for factors up to 2: 0.4 to 0.77 after an enlargement, 0.85 to 1.04 after shrinking.
 _MAX_SMALL_LOSS = 0.81
@@ -51,9 +51,9 @@ def edge_sigma(
 ) -> float | None:
     """Return the standard deviation of the Gaussian that edges were blurred with, in pixels.
 
-    `None` if there are too few edges. It contains the blur of every sharp photograph, about
-    `SHARP`; see `blur_sigma`. `luma` is float32 (height, width), levels 0..255; `noise` its noise
-    level. `grid` is the offset of JPEG blocks, whose borders are no edges.
+    `None` if there are too few edges. The result includes the softness of sharp photographs, about
+    `SHARP`; `blur_sigma` removes it. `luma` is float32 (height, width), levels 0..255; `noise` is its
+    noise level. `grid` is the offset of the JPEG blocks, whose borders do not count as edges.
     """
     sigma = _edge_sigma(luma, noise, grid, *_BLURS[0])
     if sigma is None or sigma > _SOFT:  # the noise may hide soft edges from the small blurs
@@ -63,7 +63,7 @@ def edge_sigma(
 
 
 def blur_sigma(edge: float) -> float:
-    """Return the blur that makes a sharp photograph have an edge of that standard deviation."""
+    """Return the sigma of the blur that gives a sharp photograph edges of this `edge_sigma`."""
     return float(np.sqrt(max(edge**2 - SHARP**2, 0.0)))
 
 
@@ -111,7 +111,7 @@ def _gradient(luma: Plane, sigma: float) -> tuple[Plane, Plane]:
 
 @dataclass(frozen=True)
 class Enlargement:
-    """An enlargement found by its period."""
+    """An earlier enlargement."""
 
     factor: float
     """Of height and width; at least 1.2."""
@@ -122,11 +122,11 @@ class Enlargement:
 def find_enlargement(
     luma: Plane, noise: float = 0.0, grid: tuple[int, int] | None = None
 ) -> Enlargement | None:
-    """Find an earlier enlargement by at least 1.2; `None` if the pixels show none.
+    """Find an earlier enlargement by a factor of at least 1.2; `None` if there is none.
 
     `luma` is float32 (height, width), not rounded; `noise` its noise level. With the `grid` of JPEG
-    blocks, periods that divide 8 pixels (factors 2, 4, 4/3, 8/5 and 8/3) are not looked for, as
-    JPEG has them itself, nor are repeated pixels.
+    blocks, periods that divide 8 pixels (factors 2, 4, 4/3, 8/5 and 8/3) are ignored, because JPEG
+    causes them itself, and so are repeated pixels.
     """
     if min(luma.shape) < 64:
         return None
@@ -141,11 +141,11 @@ def find_enlargement(
             return None
         if peak < _MIN_PEAK and _loss(luma, 2.0, noise) > _MAX_TURNS_LOSS:
             return None
-    # Factors with the same period; a fourfold enlargement may also show half of its period.
+    # Two factors have the same period; a fourfold enlargement may also show half its period.
     small, large = (2.0, 4.0) if frequency > 0.49 else (1 / (1 - frequency), 1 / frequency)
     if _loss(luma, large, noise) < _MAX_LOSS:
         return Enlargement(large, is_repeated=False)
-    # A picture that was shrunk, by 3/4 for example, has a period, too, but also fine detail.
+    # An image that was shrunk, for example to 3/4, also has a period, but has fine detail too.
     if _loss(luma, small, noise) < _MAX_SMALL_LOSS:
         return Enlargement(small, is_repeated=False)
     return None
@@ -166,14 +166,14 @@ def _repetition(luma: Plane, noise: float) -> float:
         if len(distances) < 8:
             return 1.0
         typical = np.quantile(distances, 0.9)
-        if typical > 2 * distances.mean():  # a picture with much that is uniform
+        if typical > 2 * distances.mean():  # an image with large uniform areas
             return 1.0
         factors.append(float(distances[distances <= typical].mean()))
     return factors[0] if abs(factors[0] - factors[1]) < 0.05 * factors[0] else 1.0
 
 
 def _peak(luma: Plane, order: int, grid: tuple[int, int] | None) -> tuple[float, float]:
-    """Return (frequency, height) of the highest peak over the neighbouring frequencies."""
+    """Return (frequency, height relative to neighbouring frequencies) of the highest peak."""
     power = _power(luma, order, 1, grid) + _power(luma, order, 0, grid)
     frequencies = np.arange(len(power)) / _NUM_FREQUENCIES
     width = _NUM_FREQUENCIES // 16
@@ -190,7 +190,7 @@ def _peak(luma: Plane, order: int, grid: tuple[int, int] | None) -> tuple[float,
 def _power(luma: Plane, order: int, axis: int, grid: tuple[int, int] | None) -> NDArray[np.float64]:
     """Return the power spectrum of the log of the mean |difference| along an axis."""
     differences = np.abs(np.diff(luma, n=order, axis=axis))
-    # One strong edge is no rhythm.
+    # Limit strong edges, which are not periodic.
     differences = np.minimum(differences, np.quantile(differences[::7, ::7], 0.95) + 1e-6)
     levels = np.log(differences.mean(axis=1 - axis, dtype=np.float64) + _LEAST)
     trend = np.convolve(
@@ -209,7 +209,8 @@ def _power(luma: Plane, order: int, axis: int, grid: tuple[int, int] | None) -> 
 def _loss(luma: Plane, factor: float, noise: float) -> float:
     """Return how much detail is lost by reducing by `factor` and enlarging again.
 
-    In units of what a blur of similar strength takes away, both without the noise's part.
+    The result is relative to what a blur of similar strength removes. The share of the noise is
+    subtracted from both.
     """
     white = np.random.default_rng(0).standard_normal((256, 256), np.float32)
     by_reducing = _lost_by_reducing(luma, factor) - noise**2 * _lost_by_reducing(white, factor)
@@ -218,7 +219,7 @@ def _loss(luma: Plane, factor: float, noise: float) -> float:
 
 
 def _lost_by_reducing(luma: Plane, factor: float) -> float:
-    """Return the mean square of what is lost, with the size nearby that loses least."""
+    """Return the mean square of the lost detail, for the nearby size that loses least."""
     height, width = luma.shape
     rows, columns = round(height / factor), round(width / factor)
     losses = []
@@ -240,7 +241,7 @@ def _mean_square(plane: Plane) -> float:
 
 
 def reduced(luma: Plane, factor: float) -> Plane:
-    """Undo an enlargement: `luma` at 1/`factor` of its size, by area."""
+    """Undo an enlargement: return `luma` at 1/`factor` of its size, by area averaging."""
     height, width = luma.shape
     size = max(1, round(width / factor)), max(1, round(height / factor))
     return cv2.resize(luma, size, interpolation=cv2.INTER_AREA)

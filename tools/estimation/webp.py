@@ -1,7 +1,7 @@
 """Quality of a lossy WebP file, from the quantisers in its header.
 
-The frame header is that of VP8 (RFC 6386, sections 7, 9 and 19.2). libwebp gives each of up to four
-segments a quantiser of its own; their mean, weighted by the size of the segments, leads back to
+The frame header is that of VP8 (RFC 6386, sections 7, 9 and 19.2). libwebp uses a separate
+quantiser for each of up to four segments; their mean, weighted by the size of the segments, gives
 the quality.
 """
 
@@ -29,7 +29,7 @@ class _Bits:
         return value
 
     def signed(self, count: int) -> int:
-        """Read an optional number with its sign; 0 if it is not there."""
+        """Read an optional signed number; 0 if it is absent."""
         if not self.read():
             return 0
         value = self.read(count)
@@ -56,15 +56,15 @@ class _Bits:
 
 
 def quality_of(data: bytes) -> int | None:
-    """Return libwebp's quality, 0..100; `None` if the file has no lossy still picture.
+    """Return libwebp's quality, 0..100; `None` if the file has no lossy still image.
 
-    It is that which was given, or 1 beside it, unless the encoder was given a size to reach.
+    It is within 1 of the quality that was set, unless the encoder was given a target size.
     """
     frame = _frame(data)
     if frame is None:
         return None
     quantisers = _quantisers(frame)
-    # libwebp's index of a segment is 127 (1 - c^(1 - a)), where c depends on the quality alone
+    # libwebp's index of a segment is 127 (1 - c^(1 - a)), where c depends only on the quality
     # and the mean of a over all blocks is 0.
     mean = sum(share * math.log(max(1 - (index + 0.5) / 127, 1e-3)) for index, share in quantisers)
     cube = math.exp(mean) ** 3
@@ -87,7 +87,7 @@ def _frame(data: bytes) -> bytes | None:
 
 
 def _quantisers(frame: bytes) -> list[tuple[int, float]]:
-    """Return the quantiser's index, 0..127, and the share of the blocks of every segment."""
+    """Return (quantiser index 0..127, share of the blocks) of each segment."""
     bits = _Bits(frame[10:])
     bits.read(2)  # colour space, clamping
     indices, shares, is_absolute = [0] * _NUM_SEGMENTS, [1.0, 0.0, 0.0, 0.0], False
