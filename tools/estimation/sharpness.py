@@ -52,8 +52,8 @@ def edge_sigma(
     """Return the standard deviation of the Gaussian that edges were blurred with, in pixels.
 
     `None` if there are too few edges. The result includes the softness of sharp photographs, about
-    `SHARP`; `blur_sigma` removes it. `luma` is float32 (height, width), levels 0..255; `noise` is its
-    noise level. `grid` is the offset of the JPEG blocks, whose borders do not count as edges.
+    `SHARP`; `blur_sigma` removes it. `luma` is float32 (height, width), levels 0..255; `noise`
+    is its noise level. `grid` is the offset of the JPEG blocks, whose borders are not edges.
     """
     sigma = _edge_sigma(luma, noise, grid, *_BLURS[0])
     if sigma is None or sigma > _SOFT:  # the noise may hide soft edges from the small blurs

@@ -26,13 +26,13 @@ class BandingSpec(StepSpec):
 
     kind: shares_of("rgb", "luma") = Field(  # type: ignore[valid-type]
         {"rgb": 1.0, "luma": 1.0},
-        description="relative probability of quantising each channel, or luma (BT.601) only",
+        description="relative probability of quantising every channel, or luma (BT.601) only",
     )
     levels: Annotated[Range, within(2, 65536)] = Field(
         (16, 64), description="range of the number of levels, uniform in its logarithm"
     )
     bits: Annotated[Range, within(1, 16)] | None = Field(
-        None, description="range of the number of bits, instead of levels: n bits are 2^n levels"
+        None, description="range of the number of bits, instead of levels; n bits are 2^n levels"
     )
 
     @model_validator(mode="after")

@@ -1,23 +1,24 @@
-"""Base of all steps of a degradation chain: what a recipe says of a step, and its random numbers.
+"""Base of all steps of a degradation chain: their recipe sections and random numbers.
 
 A step is one file with three parts, and one row in `STEPS`:
 
 - a `StepSpec` with its probability and ranges, which is its section of a recipe;
-- `draw(spec, draws, canvas)` returns what was drawn for one sample, as JSON can represent it;
-- `apply(image, drawn, workspace)` changes an image as was drawn. It is a pure function: what was
-  drawn holds everything that it needs, seeds of noise included.
+- `draw(spec, draws, canvas)`, which returns the parameters drawn for one sample, as JSON can
+  represent them;
+- `apply(image, drawn, workspace)`, which applies the step with these parameters. It is a pure
+  function: the parameters contain everything that it needs, including the seeds of noise.
 
-A step that DALI can do too also has `NODES`, which a graph uses on a GPU: see `StepNodes`.
+A step that DALI can also run has `NODES`, which a graph uses on a GPU: see `StepNodes`.
 
 Images are (height, width, 3) RGB in levels 0..255, C-contiguous, as uint8 or as float32 that is
-neither clipped nor rounded; `levels` and `host.rounded` convert. A step may overwrite a float32
-image but not a uint8 one. Its result may be in memory of `workspace`, valid until the workspace is
-used for the same purpose again. Steps run in a pool of threads, so they keep no state and should
-release the GIL in what takes long. The libraries that they use are imported in functions, because
-launchers read the specs.
+neither clipped nor rounded; `levels` and `host.rounded` convert between them. A step may overwrite
+a float32 image but not a uint8 one. Its result may lie in memory of `workspace`, which is valid
+until the workspace is used for the same purpose again. Steps run in a pool of threads, so they keep
+no state and should release the GIL during long work. Libraries that they use are imported in
+functions, because launchers read the specs.
 
-A pixel's place is kept: pixel (i, j) of the result shows what was at ((i + 0.5) / height, (j + 0.5)
-/ width) of the image before, except where the step is there to move it.
+Steps keep positions, unless they exist to move pixels: pixel (i, j) of the result shows what was at
+((i + 0.5) / height, (j + 0.5) / width) of the image before.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class StepSpec(Spec):
 
 @dataclass
 class Canvas:
-    """Sizes (height, width) in pixels that a step may need to draw its parameters."""
+    """Sizes (height, width) in pixels that a step may need when it draws its parameters."""
 
     size: tuple[int, int]  # of the image that the step gets
     hr: tuple[int, int]  # of the region of HR that is degraded
@@ -56,7 +57,7 @@ class Canvas:
 
     @property
     def lr(self) -> tuple[int, int]:
-        """Size that the region has in LR."""
+        """Size of the region in LR."""
         return self.hr[0] // self.scale, self.hr[1] // self.scale
 
 
@@ -75,7 +76,7 @@ class Draws:
         return bounds[0] + (bounds[1] - bounds[0]) * self.uniform()
 
     def integer(self, bounds: tuple[float, float]) -> int:
-        """Return an integer of low..high, both included, all equally likely."""
+        """Return an integer in low..high, both included, uniformly distributed."""
         low, high = round(bounds[0]), round(bounds[1])
         return low + int(self.uniform() * (high - low + 1))
 
@@ -83,7 +84,7 @@ class Draws:
         return self.uniform() < probability
 
     def choose(self, shares: Mapping[str, float]) -> str:
-        """Return one of the names, each with a probability in proportion to its share."""
+        """Return one of the names, with a probability proportional to its share."""
         target = self.uniform() * sum(shares.values())
         for name, share in shares.items():
             target -= share
@@ -101,20 +102,21 @@ Size = tuple[int, int]  # height, width
 
 
 class StepNodes(NamedTuple):
-    """A step as nodes of a DALI graph, for GPUs; they make what `apply` makes, up to rounding."""
+    """A step as nodes of a DALI graph, for GPUs; they equal `apply` up to rounding."""
 
     columns: tuple[str, ...]  # names of a sample's arrays that the nodes need
     arrays: Callable[[Parameters, Size], tuple[Any, ...]]
-    """The arrays of `columns` from what was drawn and the size of the image before."""
+    """Return the arrays of `columns`, given the parameters and the size of the input image."""
     idle: Parameters
-    """Parameters that make small arrays, for samples without the step."""
+    """Parameters that give small arrays, for samples without the step."""
     add: Callable[[Any, Mapping[str, Any], Callable[[Any], Any]], Any]
-    """From nodes of an image (HWC, FP32, neither clipped nor rounded) and of `columns` on the CPU,
-    and a function that takes a node to the device: the node of such an image after the step."""
+    """Return the node of the image after the step, given the node of an image (HWC, FP32, neither
+    clipped nor rounded), the nodes of `columns` on the CPU, and a function that moves a node to the
+    device."""
     covers: Callable[[Any], bool] = lambda spec: True
-    """Whether they can do all that may be drawn for a spec."""
+    """Whether the nodes can do everything that may be drawn for a spec."""
     fits: Callable[[Parameters], bool] = lambda drawn: True
-    """Whether they can do what was drawn."""
+    """Whether the nodes can do what was drawn."""
 
 
 class Step(NamedTuple):
@@ -122,20 +124,20 @@ class Step(NamedTuple):
 
     Spec: type[StepSpec]
     draw: Callable[[Any, Draws, Canvas], Parameters]
-    """What was drawn; where the size of the image changes, `size` is the new one."""
+    """Return the parameters; if the step changes the size of the image, `size` is the new one."""
     apply: Callable[[Image, Parameters, Any], Image]
     check: Callable[[Any], None] = lambda spec: None
-    """Raises `UserError` if this machine cannot do what the spec asks for."""
+    """Raise `UserError` if this machine cannot do what the spec asks for."""
     nodes: StepNodes | None = None
     versions: Callable[[], dict[str, str]] = dict
-    """Versions of the libraries that determine its pixels, besides OpenCV and NumPy."""
+    """Return the versions of the libraries that determine the pixels, except OpenCV and NumPy."""
 
 
 def shares_of(*names: str) -> Any:
     """Return the type of a table of relative probabilities, `{name: share}`, of these names.
 
-    In a recipe, a name alone stands for itself with the whole probability, and a list of names for
-    equal shares. Shares are at least 0 and need not sum to 1; names that are left out have none.
+    In a recipe, a single name has the whole probability, and the names of a list have equal shares.
+    Shares are at least 0 and need not sum to 1; omitted names have a share of 0.
     """
     from pydantic import BeforeValidator
 
@@ -166,20 +168,20 @@ def shares_of(*names: str) -> Any:
 
 
 class Names(NamedTuple):
-    """Marks a table of shares with the names that it may have."""
+    """Annotation of a table of shares: the names that it may contain."""
 
     names: tuple[str, ...]
 
 
 def kinds_of(spec: type[StepSpec]) -> tuple[str, ...]:
-    """Return the kinds of a step, or nothing if there is only one."""
+    """Return the kinds (or codecs) of a step; empty if the step has no kinds."""
     field = spec.model_fields.get("codec") or spec.model_fields.get("kind")
     marks = [mark for mark in field.metadata if isinstance(mark, Names)] if field else []
     return marks[0].names if marks else ()
 
 
 def levels(image: Image) -> NDArray[np.float32]:
-    """Return `image` as float32 levels that may be overwritten."""
+    """Return `image` as float32 levels, which may be overwritten."""
     return image if image.dtype == np.float32 else image.astype(np.float32)
 
 

@@ -1,6 +1,7 @@
-"""Blur with a kernel of `pipeline.data.degradations.kernels`, or a median; borders are mirrored.
+"""Blur with a kernel of `pipeline.data.degradations.kernels`, or a median filter.
 
-The shapes and draws of `gaussian` to `sinc` are those of Real-ESRGAN.
+The kernels `gaussian` to `sinc`, and the distributions of their parameters, are those of
+Real-ESRGAN. Kernels mirror the borders.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from pipeline.data.degradations.steps.base import (
 )
 from pipeline.spec import Angle, Exponent, Radius, Range, Sigma, within
 
-LARGEST = 21  # largest side of kernels whose tails are long, if `size` is not given
+LARGEST = 21  # largest side of kernels with long tails, if `size` is not given
 Cutoff = Annotated[Range, within(0.1, 3.1416)]  # in radians per pixel
 
 
 class BlurSpec(StepSpec):
-    """Blur by a kernel or a median."""
+    """Blur with a kernel or a median filter."""
 
     kind: shares_of(  # type: ignore[valid-type]
         "gaussian",
@@ -47,14 +48,14 @@ class BlurSpec(StepSpec):
         "median",
     ) = Field(
         {"gaussian": 2.0, "anisotropic": 1.0},
-        description="relative probability of each kind: gaussian, generalized and plateau, round "
-        "or anisotropic; sinc, which rings; box; lens (a disc, out of focus); motion (a line); "
-        "median",
+        description="relative probability of each kind: gaussian, generalized and plateau, "
+        "isotropic or anisotropic; sinc, which causes ringing; box; lens (the disc of a lens out "
+        "of focus); motion (a line); median",
     )
     sigma: Sigma = Field(
         (0.2, 3.0),
-        description="range of the standard deviation in pixels, uniform; drawn for each axis of "
-        "anisotropic kinds",
+        description="range of the standard deviation in pixels, uniform; anisotropic kinds draw "
+        "one for each axis",
     )
     angle: Angle = Field(
         (-180.0, 180.0),
@@ -65,8 +66,8 @@ class BlurSpec(StepSpec):
         None,
         ge=7,
         le=31,
-        description="largest side of the kernel, odd; sides from 7 are drawn. None: 21 for "
-        "generalized, plateau and sinc kinds, and Gaussians of 4 sigma on each side",
+        description="largest side of the kernel, odd; odd sides from 7 to it are drawn. None: 21 "
+        "for generalized, plateau and sinc kinds, while Gaussians reach 4 sigma on each side",
     )
     beta_generalized: Exponent = Field(
         (0.5, 4.0),
@@ -82,14 +83,14 @@ class BlurSpec(StepSpec):
     )
     radius: Radius = Field(
         (1.0, 4.0),
-        description="range of the radius of box (half its side less half a pixel) and lens, in "
-        "pixels",
+        description="range of the radius in pixels, for lens and for box (whose side is twice the "
+        "radius plus 1)",
     )
     length: Annotated[Range, within(1, 101)] = Field(
-        (3.0, 15.0), description="range of the length of motion in pixels"
+        (3.0, 15.0), description="range of the length of the motion in pixels"
     )
     median_radius: Annotated[Range, within(1, 2)] = Field(
-        (1.0, 1.0), description="range of the radius of median: 1 (3x3 pixels) or 2 (5x5)"
+        (1.0, 1.0), description="range of the radius of the median: 1 (3x3 pixels) or 2 (5x5)"
     )
 
     @field_validator("size")
@@ -130,10 +131,10 @@ def draw(spec: BlurSpec, draws: Draws, canvas: Canvas) -> Parameters:
 
 
 def kernel(drawn: Parameters) -> NDArray[np.float32]:
-    """Return the kernel of what was drawn, unless it is a median: (side, side), sum 1.
+    """Return the kernel for drawn parameters other than a median's: (side, side), sum 1.
 
-    With `box`, size before / size after of a linear resizing that follows, the kernel is widened so
-    that both together average areas.
+    `box` is the ratio (size before / size after) of a linear resize that follows. The kernel is
+    then widened, so that both together average areas.
     """
     from pipeline.data.degradations import kernels
 

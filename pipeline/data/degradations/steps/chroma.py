@@ -1,4 +1,4 @@
-"""Chroma subsampling of video and JPEG, and decoding by another standard than encoding.
+"""Chroma subsampling of video and JPEG, and decoding by a different standard than encoding.
 
 The image is converted to Y'CbCr, Cb and Cr are shrunk and enlarged, and the image is converted
 back. Nothing is rounded or clipped. Luma changes only where the two standards or ranges differ.
@@ -38,13 +38,13 @@ FACTORS = {
     "411": (1, 4),
     "410": (4, 4),
 }
-# Whether a chroma sample is in the middle of its pixels, or at the first of them: down, across.
+# Whether a chroma sample is at the centre of its pixels or at the first of them: down, across.
 SITING = {"center": (True, True), "left": (True, False), "top_left": (False, False)}
 RANGES = ("full", "limited")
 
 
 class ChromaSpec(StepSpec):
-    """Chroma subsampling, and mistakes about siting, matrix and range."""
+    """Chroma subsampling, and decoding with the wrong siting, matrix or range."""
 
     kind: shares_of(*FACTORS) = Field(  # type: ignore[valid-type]
         {"420": 1.0},
@@ -53,38 +53,39 @@ class ChromaSpec(StepSpec):
     )
     down: shares_of("box", "linear", "nearest") = Field(  # type: ignore[valid-type]
         {"box": 1.0, "linear": 1.0},
-        description="relative probability of the kernel that shrinks chroma",
+        description="relative probability of each kernel that shrinks chroma",
     )
     up: shares_of("nearest", "linear", "cubic") = Field(  # type: ignore[valid-type]
         {"nearest": 1.0, "linear": 2.0},
-        description="relative probability of the kernel that enlarges chroma",
+        description="relative probability of each kernel that enlarges chroma",
     )
     siting: shares_of(*SITING) = Field(  # type: ignore[valid-type]
         {"center": 1.0, "left": 1.0},
-        description="relative probability of the place of chroma samples: center (JPEG, MPEG-1), "
-        "left (MPEG-2, H.264) or top_left (BT.2020)",
+        description="relative probability of each position of chroma samples: center (JPEG, "
+        "MPEG-1), left (MPEG-2, H.264) or top_left (BT.2020)",
     )
     decoded_siting: shares_of("same", *SITING) = Field(  # type: ignore[valid-type]
         {"same": 1.0},
-        description="relative probability of the place that the decoder assumes; a wrong one "
+        description="relative probability of each position that the decoder assumes; a wrong one "
         "shifts chroma",
     )
     matrix: shares_of(*LUMA) = Field(  # type: ignore[valid-type]
-        {"bt601": 1.0}, description="relative probability of the encoder's matrix"
+        {"bt601": 1.0}, description="relative probability of each matrix of the encoder"
     )
     decoded_matrix: shares_of("same", *LUMA) = Field(  # type: ignore[valid-type]
         {"same": 1.0},
-        description="relative probability of the decoder's matrix; a wrong one shifts colors",
+        description="relative probability of each matrix of the decoder; a wrong one shifts "
+        "colours",
     )
     range: shares_of(*RANGES) = Field(  # type: ignore[valid-type]
         {"full": 1.0},
-        description="relative probability of the encoder's range: full (0..255) or limited "
+        description="relative probability of each range of the encoder: full (0..255) or limited "
         "(16..235, chroma 16..240)",
     )
     decoded_range: shares_of("same", *RANGES) = Field(  # type: ignore[valid-type]
         {"same": 1.0},
-        description="relative probability of the decoder's range; a wrong one changes contrast "
-        "and saturation",
+        description="relative probability of each range of the decoder; a wrong one changes "
+        "contrast and saturation",
     )
 
 
@@ -144,7 +145,7 @@ def _down(length: int, factor: int, kernel: str, in_the_middle: bool) -> Taps:
     else:
         places = first + np.arange(1 - factor, 2 * factor)
         d = np.abs(places - centres)
-        # The part of a pixel within a box as wide as a sample, or a triangle twice as wide.
+        # Box: the part of the pixel within a chroma sample. Linear: a triangle twice as wide.
         weights = (factor / 2 + 0.5 - d).clip(0, 1) if kernel == "box" else (1 - d / factor).clip(0)
         used = weights.any(0)
         places, weights = places[:, used], weights[:, used]

@@ -1,4 +1,4 @@
-"""Changes of brightness and color: levels, gamma, temperature, contrast, hue and saturation."""
+"""Changes of brightness and colour: levels, gamma, temperature, contrast, hue and saturation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.spec import Angle, Factor, Range, within
 
 
 class ColorSpec(StepSpec):
-    """Changes of brightness and color, each from a range of its own, in this order."""
+    """Changes of brightness and colour, each from its own range, in this order."""
 
     black: Annotated[Range, within(-128, 127)] = Field(
         (0, 0), description="range of the level that becomes black; below 0, black becomes gray"
@@ -45,7 +45,7 @@ class ColorSpec(StepSpec):
     )
     contrast: Factor = Field((0.9, 1.1), description="range of the factor around middle gray")
     brightness: Annotated[Range, within(-255, 255)] = Field(
-        (-10, 10), description="range of the levels that are added"
+        (-10, 10), description="range of the number of levels to add"
     )
     hue: Angle = Field(
         (0, 0), description="range of the rotation of Cb towards Cr (BT.601) in degrees"
@@ -73,11 +73,11 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
 
 
 def _matrix(drawn: Parameters, scale: float, black: float) -> NDArray[np.float32]:
-    """Return all but the gamma as one matrix of (R, G, B, 1), (3, 4).
+    """Return all changes except gamma as one (3, 4) matrix for (R, G, B, 1).
 
-    The level `black` becomes 0, and `scale` is the factor of levels and white balance.
+    The level `black` becomes 0, and `scale` is the factor that stretches the levels.
     """
-    # Hue and saturation leave gray as it is.
+    # Hue and saturation do not change gray.
     turn, saturation = math.radians(drawn["hue"]), drawn["saturation"]
     chroma = np.eye(3)
     chroma[1:, 1:] = saturation * np.array(

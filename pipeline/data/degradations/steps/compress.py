@@ -1,8 +1,8 @@
-"""Compression by real codecs: encode and decode in memory, as still or as a frame of a film.
+"""Compression by real codecs: encode and decode in memory, as an image or as a frame of a video.
 
-Stills: JPEG by OpenCV's libjpeg-turbo, and WebP, AVIF, JPEG XL and JPEG 2000 by imagecodecs, which
-wraps libwebp, libavif with libaom, libjxl and OpenJPEG. Films: see `steps.video`. All have one
-thread each and release the GIL.
+Images: JPEG by OpenCV's libjpeg-turbo, and WebP, AVIF, JPEG XL and JPEG 2000 by imagecodecs, which
+wraps libwebp, libavif with libaom, libjxl and OpenJPEG. Video: see `steps.video`. All codecs run on
+one thread each and release the GIL.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ STILL_CODECS = {
 }
 CODECS = {**STILL_CODECS, **VIDEO_CODECS}
 ALL = "all"
-"""Key of a range that holds for all codecs of the step."""
+"""Key of a range that applies to all codecs of the step."""
 GRID = 16  # pixels: the largest blocks of JPEG, and of WebP's prediction
 
 
 def _with_all(value: Any) -> Any:
-    """A range or a number alone is for all codecs."""
+    """Let a single range or number apply to all codecs."""
     if isinstance(value, int | float | list | tuple) and not isinstance(value, bool):
         return {ALL: value}
     return value
@@ -92,7 +92,7 @@ def _described(settings: dict[str, Setting]) -> str:
 
 
 class CompressSpec(StepSpec):
-    """Compression by a codec of stills or films."""
+    """Compression by an image or video codec."""
 
     codec: shares_of(*CODECS) = Field(  # type: ignore[valid-type]
         {"jpeg": 1.0}, description="relative probability of each codec"
@@ -105,38 +105,39 @@ class CompressSpec(StepSpec):
     )
     preset: PerCodec = Field(
         {},
-        description="range of the encoder's own setting of its speed, as for quality; "
+        description="range of the encoder's speed setting, given as for quality; "
         + _described({name: codec.preset for name, codec in CODECS.items() if codec.preset}),
     )
     subsampling: shares_of("420", "422", "440", "411", "444") = Field(  # type: ignore[valid-type]
         {"420": 1.0},
         description="relative probability of each chroma subsampling, among those that the drawn "
-        "codec has; webp, mpeg4, flv1, wmv2, vp8 and av1 always have 420, jxl and jp2 444",
+        "codec supports; webp, mpeg4, flv1, wmv2, vp8 and av1 always have 420, jxl and jp2 444",
     )
     passes: Annotated[Range, within(1, 8)] = Field(
         (1.0, 1.0),
-        description="range of how often a still is compressed; each pass after the first has a "
-        "quality, a subsampling and a shift of the grid of blocks (0..15 pixels) of its own",
+        description="image codecs: range of the number of times the image is compressed; each pass "
+        "after the first has its own quality, subsampling and shift of the block grid (0..15 "
+        "pixels)",
     )
     frames: Annotated[Range, within(1, 16)] = Field(
-        (3.0, 8.0), description="films: range of the length of the clip, of which one frame is kept"
+        (3.0, 8.0), description="video: range of the number of frames of the clip; one is kept"
     )
     gop: Annotated[Range, within(1, 250)] = Field(
-        (3.0, 12.0), description="films: range of the distance between I frames"
+        (3.0, 12.0), description="video: range of the distance between I frames"
     )
     b_frames: Probability = Field(
         0.5,
-        description="films: probability of up to 2 B frames in a row (h264, hevc, mpeg2, mpeg4)",
+        description="video: probability of up to 2 B frames in a row (h264, hevc, mpeg2, mpeg4)",
     )
     motion: shares_of(*MOTIONS) = Field(  # type: ignore[valid-type]
         {"pan": 0.4, "zoom": 0.2, "shake": 0.2, "cut": 0.1, "still": 0.1},
-        description="films: relative probability of each motion; `cut` changes the scene",
+        description="video: relative probability of each motion; `cut` changes the scene",
     )
     speed: Factor = Field(
-        (0.25, 6.0), description="films: range of the motion of pan and shake, in pixels per frame"
+        (0.25, 6.0), description="video: range of the motion of pan and shake, in pixels per frame"
     )
     zoom: Annotated[Range, within(1, 1.5)] = Field(
-        (1.005, 1.04), description="films: range of the factor per frame of zoom, in or out"
+        (1.005, 1.04), description="video: range of the factor per frame of zoom, in or out"
     )
 
     @model_validator(mode="after")
@@ -156,7 +157,7 @@ class CompressSpec(StepSpec):
                     )
         if self.passes[1] >= 2 and not any(name in STILL_CODECS for name in names):
             raise ValueError(
-                "passes are for codecs of stills; repeat the step to compress a film repeatedly"
+                "passes are for image codecs; repeat the step to compress video repeatedly"
             )
         return self
 

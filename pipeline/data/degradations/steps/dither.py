@@ -1,4 +1,4 @@
-"""Reduction to few colors with dithering, as in GIF files, old games and indexed PNG files.
+"""Reduction to few colours with dithering, as in GIF files, old games and indexed PNG files.
 
 Palettes and Floyd-Steinberg's error diffusion are Pillow's; the other error diffusions are those of
 ffmpeg's filter `paletteuse`.
@@ -30,28 +30,28 @@ ColorCount = Annotated[Range, within(2, 256)]
 
 # Kinds of error diffusion -> names of ffmpeg.
 DIFFUSIONS = {"atkinson": "atkinson", "burkes": "burkes", "sierra_lite": "sierra2_4a"}
-MEDIAN_CUT_PIXELS = 4096  # the most that a palette by median cut is made from, evenly spaced
+MEDIAN_CUT_PIXELS = 4096  # maximum number of evenly spaced pixels used for median cut
 KINDS = ("ordered", "floyd_steinberg", *DIFFUSIONS, "none")
 
 
 class DitherSpec(StepSpec):
-    """Reduction to few colors, with dithering."""
+    """Reduction to few colours, with dithering."""
 
     kind: shares_of(*KINDS) = Field(  # type: ignore[valid-type]
         {"ordered": 1.0, "floyd_steinberg": 2.0},
-        description="relative probability of each kind; none takes the nearest color",
+        description="relative probability of each kind; none takes the nearest colour",
     )
     palette: shares_of("uniform", "median_cut", "octree") = Field(  # type: ignore[valid-type]
         {"uniform": 1.0, "median_cut": 1.0},
         description="relative probability of equally spaced levels per channel, or of a palette "
-        "adapted to the image",
+        "adapted to the image (median_cut, octree)",
     )
     levels: ColorCount = Field(
         (3, 8), description="range of the number of levels per channel of uniform palettes"
     )
     colors: ColorCount = Field(
         (16, 256),
-        description="range of the number of colors of adapted palettes, uniform in its logarithm",
+        description="range of the number of colours of adapted palettes, uniform in its logarithm",
     )
     matrix: shares_of("2", "4", "8") = Field(  # type: ignore[valid-type]
         {"4": 1.0, "8": 1.0},
@@ -101,14 +101,14 @@ def _with_palette(pixels: Bytes, kind: str, drawn: Parameters) -> Bytes:
 
     if drawn["palette"] == "octree":
         source, method = pixels, Pillow.Quantize.FASTOCTREE
-    else:  # it takes 50 times as long
+    else:  # median cut takes 50 times as long
         step = math.ceil(math.sqrt(pixels.shape[0] * pixels.shape[1] / MEDIAN_CUT_PIXELS))
         source = np.ascontiguousarray(pixels[::step, ::step])
         method = Pillow.Quantize.MEDIANCUT
     indexed = Pillow.fromarray(source).quantize(drawn["colors"], method)
     palette = np.array(indexed.getpalette(), np.uint8).reshape(-1, 3)
     if kind == "ordered":
-        # About the distance between neighboring colors, if they were equally spaced.
+        # About the distance between neighbouring colours, if they were equally spaced.
         spread = 255 / drawn["colors"] ** (1 / 3)
         shifted = levels(pixels) + spread * (thresholds(drawn["matrix"], *pixels.shape[:2]) - 0.5)
         pixels = np.rint(shifted).clip(0, 255).astype(np.uint8)
@@ -126,7 +126,7 @@ def thresholds(side: int, height: int, width: int) -> NDArray[np.float32]:
 
 
 def _diffused(pixels: Bytes, palette: Bytes, kind: str) -> Bytes:
-    """Return the pixels in colors of the palette, (colors, 3), with their errors diffused."""
+    """Return the pixels in colours of the palette, (colours, 3), with error diffusion by `kind`."""
     if kind in DIFFUSIONS:
         return _by_ffmpeg(pixels, palette, DIFFUSIONS[kind])
     from PIL import Image as Pillow
@@ -146,7 +146,7 @@ def _by_ffmpeg(pixels: Bytes, palette: Bytes, dither: str) -> Bytes:
     bgra = np.full((height, width, 4), 255, np.uint8)
     bgra[..., :3] = pixels[..., ::-1]
     table = np.full((256, 4), 255, np.uint8)
-    table[:, :3] = palette[0, ::-1]  # the filter takes 256 colors, which may be equal
+    table[:, :3] = palette[0, ::-1]  # the filter needs 256 colours, which may be equal
     table[: len(palette), :3] = palette[:, ::-1]
     graph = av.filter.Graph()
     graph.threads = 1

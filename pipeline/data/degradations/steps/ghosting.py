@@ -1,4 +1,4 @@
-"""Ghosts: a fainter, displaced copy of the image."""
+"""Ghosting: a faint, displaced copy of the image."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from pipeline.spec import Angle, Probability, Range, within
 
 
 class GhostingSpec(StepSpec):
-    """A fainter, displaced copy of the image."""
+    """A faint, displaced copy of the image."""
 
     kind: shares_of("echo", "blend") = Field(  # type: ignore[valid-type]
         {"echo": 1.0, "blend": 1.0},
-        description="relative probability of a copy to the right, as of an analogue aerial or "
-        "cable, or of one in any direction, as of blended frames",
+        description="relative probability of a copy displaced to the right, as with analogue "
+        "aerials and cables, or in any direction, as with blended frames",
     )
     strength: Annotated[Range, within(0, 1)] = Field(
-        (0.1, 0.4), description="range of the copy's share in the result"
+        (0.1, 0.4), description="range of the weight of the copy in the result"
     )
     distance: Annotated[Range, within(0, 256)] = Field(
-        (2.0, 20.0), description="range of the copy's displacement in pixels"
+        (2.0, 20.0), description="range of the displacement of the copy in pixels"
     )
     angle: Angle = Field(
         (0, 360),
-        description="range of the direction of blend in degrees, from the x axis (right) to the y "
-        "(down)",
+        description="range of the direction of blend in degrees, from the x axis (right) towards "
+        "the y axis (down)",
     )
     negative: Probability = Field(0.2, description="probability of an echo with inverted levels")
 
@@ -57,6 +57,6 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
     from pipeline.data.degradations import host
 
     image, strength = levels(image), drawn["strength"]
-    # The mean is kept, by a receiver's gain control or because frames are averaged.
+    # The mean stays the same: receivers control their gain, and blended frames are averaged.
     copy = host.shifted(image, (drawn["offset"][0], drawn["offset"][1]))
     return image * np.float32(1 - strength) + copy * np.float32(strength)

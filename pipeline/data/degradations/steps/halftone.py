@@ -1,9 +1,9 @@
-"""Halftone: tones as dots or lines of ink, as print has them.
+"""Halftone: tones as dots or lines of ink, as in print.
 
-Every ink has a screen: a periodic function of the place, turned by the ink's angle. A pixel is
-covered with ink where the screen's rank, the share of a cell that is lower, exceeds one minus the
-tone. The edges are antialiased over about a pixel, in such a way that an even tone keeps its mean.
-Means are of levels, not of light, because steps that follow average levels.
+Each ink has a screen: a periodic function of the position, rotated by the ink's angle. A pixel is
+covered with ink where the screen's rank, the share of a cell with lower values, exceeds one minus
+the tone. The edges are antialiased over about a pixel, such that a uniform tone keeps its mean.
+Means are of levels, not of light, because the steps that follow average levels.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ class HalftoneSpec(StepSpec):
 
     kind: shares_of("gray", "rgb", "cmyk") = Field(  # type: ignore[valid-type]
         {"cmyk": 1.0},
-        description="relative probability of black ink for luma, of red, green and blue light on "
-        "black, or of four inks on white",
+        description="relative probability of black ink for luma (gray), red, green and blue light "
+        "on black (rgb), or four inks on white (cmyk)",
     )
     shape: shares_of("dots", "lines") = Field(  # type: ignore[valid-type]
         {"dots": 1.0}, description="relative probability of each shape"
     )
     cell: Annotated[Range, within(2, 64)] = Field(
         (3.0, 6.0),
-        description="range of the distance between dots or lines in pixels: the resolution of a "
-        "scan in dpi, divided by the screen's in lines per inch",
+        description="range of the distance between dots or lines in pixels: the resolution of the "
+        "scan in dpi, divided by that of the screen in lines per inch",
     )
     angles: tuple[Number, Number, Number, Number] = Field(
         (15.0, 75.0, 0.0, 45.0),
-        description="angle of the screen of cyan, magenta, yellow and black in degrees; red, green "
-        "and blue have the first three, gray the last",
+        description="angles of the screens of cyan, magenta, yellow and black in degrees; red, "
+        "green and blue use the first three, gray the last",
     )
     rotation: Angle = Field(
         (-5.0, 5.0), description="range of an angle in degrees that is added to all angles"
     )
     gcr: Annotated[Range, within(0, 1)] = Field(
         (0.5, 1.0),
-        description="range of the share of gray in colors that black ink replaces (cmyk)",
+        description="range of the share of the gray component that black ink replaces (cmyk)",
     )
 
 

@@ -1,7 +1,7 @@
-"""Halos: bright and dark lines along edges, as of over-sharpened video, scans and prints.
+"""Halos: bright and dark lines along edges, as in over-sharpened video, scans and prints.
 
-Unlike `sharpen`, only edges above a threshold get lines, smoothly from it on; lines may be on one
-side only, in brightness only, along rows only, and limited.
+Unlike with `sharpen`, the threshold is subtracted from the difference, so that lines begin smoothly
+above it. Lines may be restricted to one side of an edge, to brightness or to rows, and be limited.
 """
 
 from __future__ import annotations
@@ -33,25 +33,26 @@ class HaloSpec(StepSpec):
         "(brighter still) or on its dark side (darker still)",
     )
     radius: Annotated[Range, within(0.5, 30)] = Field(
-        (2.0, 5.0), description="range of the lines' width in pixels; the blur's sigma is its half"
+        (2.0, 5.0),
+        description="range of the width of the lines in pixels; sigma of the blur is half of it",
     )
     amount: Annotated[Range, within(0, 20)] = Field(
-        (0.5, 2.0), description="range of the factor of the image less its blur, uniform"
+        (0.5, 2.0), description="range of the factor of the image minus its blur, uniform"
     )
     threshold: Levels = Field(
         (4.0, 12.0),
-        description="range of the difference in levels (0..255) from which lines begin",
+        description="range of the difference in levels (0..255) above which lines begin",
     )
     overshoot: Levels | None = Field(
         None,
         description="range of the levels by which lines may exceed the extremes of the pixels "
-        "within the radius; none: without limit. 0 steepens edges and adds no lines",
+        "within the radius; none: no limit. 0 steepens edges without adding lines",
     )
     luma: Probability = Field(
-        0.5, description="probability of lines in brightness only, as of video"
+        0.5, description="probability of lines in brightness only, as in video"
     )
     horizontal: Probability = Field(
-        0.0, description="probability of sharpening along rows only, as of analogue video"
+        0.0, description="probability of sharpening along rows only, as in analogue video"
     )
 
 

@@ -1,4 +1,4 @@
-"""Interlaced video: two fields of alternate lines, from two moments, and how they were joined."""
+"""Interlaced video: two fields of alternate lines, captured at different times, in one frame."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ KINDS = ("combing", "blend", "bob", "line_doubling")
 
 
 class InterlaceSpec(StepSpec):
-    """Two fields, between which the image moves, in one frame."""
+    """One frame of two fields, between which the image moves."""
 
     kind: shares_of(*KINDS) = Field(  # type: ignore[valid-type]
         {"combing": 2.0, "blend": 1.0, "bob": 1.0},
-        description="relative probability of alternate lines of two fields (combing), of the same "
-        "blended with the lines around, or of one field whose missing lines are interpolated (bob) "
-        "or repeated",
+        description="relative probability of alternate lines of two fields (combing), the same "
+        "with each line blended with its neighbours (blend), or one field whose missing lines are "
+        "interpolated (bob) or repeated (line_doubling)",
     )
     motion: Annotated[Range, within(0, 256)] = Field(
-        (0.5, 8.0), description="range of the motion between fields in pixels, to either side"
+        (0.5, 8.0), description="range of the motion between fields in pixels, to the left or right"
     )
     vertical_motion: Annotated[Range, within(-64, 64)] = Field(
-        (-0.5, 0.5), description="range of the motion between fields in pixels, downwards"
+        (-0.5, 0.5), description="range of the downward motion between fields in pixels"
     )
 
 
@@ -50,9 +50,9 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
     from pipeline.data.degradations import host
 
     image, kind = levels(image), drawn["kind"]
-    lines = slice(drawn["parity"], None, 2)  # those that are replaced
+    lines = slice(drawn["parity"], None, 2)  # the lines that are replaced
     rows, last = np.arange(len(image))[lines], len(image) - 1
-    # Beyond a border there is the line on the other side.
+    # At a border, use the neighbour on the other side twice.
     above = np.where(rows > 0, rows - 1, 1)
     below = np.where(rows < last, rows + 1, last - 1)
     if kind == "bob":

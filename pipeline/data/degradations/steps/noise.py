@@ -1,8 +1,8 @@
 """Noise on an image, as a pure function of a seed.
 
 Gaussian and Poisson noise are those of `pipeline.data.degradations.noise`. The other kinds use the
-same words or those of a Philox generator, and tables and formulas of their own, so that no
-library's distribution, which another version may change, is part of a sample.
+same random words or those of a Philox generator, with their own tables and formulas: the
+distributions of libraries may change between versions, which would change samples.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DIRECTIONS = 256  # of gradients
 
 
 class NoiseSpec(StepSpec):
-    """Noise, added to levels that are neither clipped nor rounded."""
+    """Noise; the result is neither clipped nor rounded."""
 
     kind: shares_of(*KINDS) = Field(  # type: ignore[valid-type]
         {"gaussian": 1.0}, description="relative probability of each kind"
@@ -57,7 +57,7 @@ class NoiseSpec(StepSpec):
     )
     poisson_scale: Factor = Field((0.05, 3.0), description="range of the factor of Poisson noise")
     gray: Probability = Field(
-        0.4, description="probability of the same noise in all channels, with space rgb"
+        0.4, description="probability of the same noise in all channels, if space is rgb"
     )
     space: shares_of("rgb", "ycc") = Field(  # type: ignore[valid-type]
         {"rgb": 1.0},
@@ -66,8 +66,8 @@ class NoiseSpec(StepSpec):
     )
     chroma_sigma: Levels = Field(
         (1.0, 30.0),
-        description="range of the standard deviation in Cb and Cr in levels, with space ycc; sigma "
-        "is then that in Y",
+        description="range of the standard deviation in Cb and Cr in levels, if space is ycc; "
+        "sigma is then the standard deviation in Y",
     )
     amount: Annotated[Range, within(0, 1)] = Field(
         (0.001, 0.02), description="range of the share of pixels that salt and pepper replaces"
@@ -77,8 +77,8 @@ class NoiseSpec(StepSpec):
     )
     feature_size: Annotated[Range, within(SMALLEST_CELL, 1024)] = Field(
         (4.0, 32.0),
-        description="range of the size of Perlin noise's largest features in pixels, uniform in "
-        "its logarithm",
+        description="range of the size of the largest features of Perlin noise in pixels, uniform "
+        "in its logarithm",
     )
     octaves: Annotated[Range, within(1, 8)] = Field(
         (1, 4),
@@ -135,7 +135,7 @@ def apply(image: Image, drawn: Parameters, workspace: Any) -> Image:
         z = perlin(words, height, width, channels, drawn["feature_size"], drawn["octaves"])
     elif kind == "grain":
         z = _grain(words, height, width, channels, drawn["grain_size"], workspace)
-        # A layer of grains that cover the share p of a place has the variance p (1 - p).
+        # If grains cover the share p of an area, the variance is p (1 - p).
         luma = cv2.transform(image, np.array([LUMA["bt601"]], np.float32) / 255).clip(0, 1)
         z *= (2 * np.sqrt(luma * (1 - luma))).reshape(height, width, *[1] * (z.ndim - 2))
     else:
@@ -174,10 +174,10 @@ def _grain(
 
     radius = math.ceil(3 * sigma)
     taps = kernels.gaussian_kernel(2 * radius + 1, sigma, sigma, 0).sum(0)
-    # The borders that the filter would mirror lie outside the image.
+    # Noise beyond the image, so that the filter does not mirror it at the borders.
     keys = noise.noise_keys(words, height + 2 * radius, width + 2 * radius, channels)
     z = host.standard_normal(keys, workspace)
-    # Not `host.filtered`, whose buffer may have the image.
+    # Not `host.filtered`, whose buffer may contain the image.
     wide = cv2.sepFilter2D(z, cv2.CV_32F, taps, taps)
     return wide[radius : radius + height, radius : radius + width] / (taps**2).sum()
 
@@ -229,7 +229,7 @@ def perlin(
 
 
 def _lattice(length: int, cell: float, offset: float) -> tuple[Any, Any, tuple[Any, Any]]:
-    """Return each pixel's cell, its place in the cell (0..1) and the weights of the two sides."""
+    """Return each pixel's cell, its position in it (0..1) and the weights of the two sides."""
     places = (np.arange(length) + 0.5) / cell + offset
     first = np.floor(places).astype(np.intp)
     inside = (places - first).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pixelation: blocks of one color, as of enlarged small images and of censored parts."""
+"""Pixelation: blocks of one colour, as in small images that were enlarged and in censored areas."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pipeline.spec import Range, within
 
 
 class PixelateSpec(StepSpec):
-    """Square blocks that have the mean of their pixels."""
+    """Square blocks of one colour, the mean of their pixels."""
 
     block: Annotated[Range, within(1, 256)] = Field(
-        (2, 6), description="range of the side of a block in pixels, an integer"
+        (2, 6), description="range of the side of a block in pixels, uniform over integers"
     )
 
 

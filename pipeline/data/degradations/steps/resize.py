@@ -1,7 +1,7 @@
-"""Resizing by the kernels that people and programs shrink and enlarge images with.
+"""Resizing with the kernels that programs commonly use.
 
-Pixel centres are aligned: nothing moves. Only `cubic_antialiased`, `hermite`, `lanczos` and
-`mitchell` are antialiased when they shrink, and `area` by its nature.
+Pixel centres are aligned, so nothing moves. When shrinking, only `area`, `cubic_antialiased`,
+`hermite`, `lanczos` and `mitchell` are antialiased.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ KINDS = (
     "hermite",
     "nearest",
 )
-LEAST = 8  # pixels a side of an image that a factor makes
+LEAST = 8  # pixels; the shortest side that a factor can give
 Enlargement = Annotated[Range, within(0.02, 8)]  # new size / size
 Kinds = shares_of(*KINDS)
 
 
 class Detour(Spec):
-    """Another size on the way."""
+    """An intermediate size."""
 
     up: Probability = Field(0.0, description="probability of enlarging the image first")
     down: Probability = Field(0.0, description="probability of shrinking the image first")
@@ -55,7 +55,7 @@ class Detour(Spec):
         (0.5, 1.0), description="range of the factor by which the image is shrunk first, uniform"
     )
     kind: Kinds | None = Field(  # type: ignore[valid-type]
-        None, description="relative probability of each kernel on the way; none: as `kind`"
+        None, description="relative probability of each kernel to this size; none: as `kind`"
     )
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class Detour(Spec):
 
 
 class ResizeSpec(StepSpec):
-    """Resizing, to LR's or HR's size or by a factor."""
+    """Resizing, to the size of LR or HR or by a factor."""
 
     kind: Kinds = Field(  # type: ignore[valid-type]
         {"area": 1.0, "linear": 1.0, "cubic": 1.0},
@@ -82,18 +82,18 @@ class ResizeSpec(StepSpec):
     )
     factor: Enlargement = Field(
         (0.5, 1.5),
-        description="range of the factor, uniform; no side becomes less than 8 pixels",
+        description="range of the factor, uniform; no side becomes shorter than 8 pixels",
     )
     direction: shares_of("up", "down", "keep") | None = Field(  # type: ignore[valid-type]
         None,
         description="relative probability of enlarging (factor from 1 to the high end), shrinking "
-        "(from the low end to 1) and keeping the size of `of`; none: anywhere in `factor`",
+        "(from the low end to 1) and keeping the size of `of`; none: uniform over `factor`",
     )
     of: Literal["current", "hr", "lr"] = Field(
-        "current", description="size that the factor multiplies: the image's, HR's or LR's"
+        "current", description="size that the factor multiplies: that of the image, HR or LR"
     )
     detour: Detour = Field(
-        Detour(), description="another size first: up then down, or down then down"
+        Detour(), description="an intermediate size: enlarge or shrink the image first"
     )
 
     @model_validator(mode="after")
@@ -173,16 +173,16 @@ def _resized(image: Image, sides: list[int], kind: str, workspace: object) -> Im
 
 
 def _box(kind: str, ratio: float) -> kernels.Kernel:
-    """Return the kernel before linear sampling; `ratio` is the size before / the size after."""
+    """Return the filter before linear sampling; `ratio` is the size before / the size after."""
     kernel = kernels.delta_kernel()
     return kernels.with_box(kernel, ratio) if kind == "area" else kernel
 
 
 def _as_matlab(image: Image, size: tuple[int, int], workspace: object) -> Image:
-    """Resize bytes as MATLAB does: by one direction after the other, each rounded, halves up.
+    """Resize bytes as MATLAB does: one direction after the other, each rounded, halves up.
 
-    The same pixels as published LR of Set5, except for borders: old releases of MATLAB, by which it
-    was made, repeat the last pixel instead of mirroring.
+    The result has the same pixels as the published LR of Set5, except at the borders: that LR was
+    made with old releases of MATLAB, which repeat the last pixel instead of mirroring.
     """
     from pipeline.data.degradations import host
 

@@ -1,4 +1,4 @@
-"""Ringing: the ripples beside edges of an image whose band was cut off, as of analogue video."""
+"""Ringing: ripples beside edges after a sharp frequency cutoff, as in analogue video."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pipeline.spec import Range, within
 
 
 class RingingSpec(StepSpec):
-    """A sharp cut of the spectrum: a sinc filter along rows, or along rows and columns."""
+    """A sharp frequency cutoff: a sinc filter along rows, or along rows and columns."""
 
     kind: shares_of("horizontal", "both") = Field(  # type: ignore[valid-type]
         {"horizontal": 1.0, "both": 1.0},
-        description="relative probability of cutting along rows only, as analogue video does, and "
+        description="relative probability of filtering along rows only, as in analogue video, or "
         "along rows and columns",
     )
     cutoff: Annotated[Range, within(0.1, 3.1416)] = Field(

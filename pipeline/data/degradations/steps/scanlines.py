@@ -1,4 +1,4 @@
-"""Scan lines of a cathode-ray tube: rows that are darker between the lines."""
+"""Scan lines of a cathode-ray tube: dark gaps between the lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ScanlinesSpec(StepSpec):
     """Rows darkened by a sine wave."""
 
     strength: Annotated[Range, within(0, 1)] = Field(
-        (0.1, 0.5), description="range of the share by which the darkest rows are darkened"
+        (0.1, 0.5), description="range of the share of brightness that the darkest rows lose"
     )
     period: Annotated[Range, within(2, 256)] = Field(
         (2.0, 4.0), description="range of the distance between lines in pixels"

@@ -1,4 +1,4 @@
-"""Sharpening by an unsharp mask: a blurred image is subtracted, and the difference amplified."""
+"""Sharpening by an unsharp mask: the difference from a blurred image is amplified."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class SharpenSpec(StepSpec):
 
     kind: shares_of("unsharp", "usm") = Field(  # type: ignore[valid-type]
         {"unsharp": 1.0},
-        description="relative probability of each kind: unsharp, as of image editors; usm, "
-        "Real-ESRGAN's, whose mask is blurred and which does not leave 0..255 by itself",
+        description="relative probability of each kind: unsharp, as in image editors; usm, "
+        "Real-ESRGAN's, whose mask is blurred and whose sharpened image is clipped to 0..255",
     )
     sigma: Sigma = Field(
-        (0.5, 2.0), description="range of the blur's standard deviation in pixels, uniform"
+        (0.5, 2.0), description="range of the standard deviation of the blur in pixels, uniform"
     )
     amount: Annotated[Range, within(0, 20)] = Field(
         (0.3, 1.5), description="range of the factor of the difference, uniform; 1 doubles edges"
     )
     threshold: Levels = Field(
         (0.0, 3.0),
-        description="range of the difference in levels (0..255) up to which nothing is sharpened",
+        description="range of the difference in levels (0..255) up to which pixels stay unchanged",
     )
 
 
@@ -74,7 +74,7 @@ def sharpened_hr(image: Image, workspace: object) -> NDArray[np.float32]:
 def _by_hard_mask(
     image: NDArray[np.float32], sigma: float, amount: float, threshold: float, workspace: object
 ) -> NDArray[np.float32]:
-    """image + amount d where |d| > threshold; d is the image less its blur."""
+    """Return image + amount d where |d| > threshold; d is the image minus its blur."""
     from pipeline.libraries import cv2
 
     detail = _detail(image, sigma, _side("unsharp", sigma), workspace)
@@ -86,7 +86,7 @@ def _by_hard_mask(
 def _by_soft_mask(
     image: NDArray[np.float32], sigma: float, amount: float, threshold: float, workspace: object
 ) -> NDArray[np.float32]:
-    """m clip(image + amount d) + (1 - m) image; m is the blur of |d| > threshold."""
+    """Return m clip(image + amount d) + (1 - m) image; m is the blur of |d| > threshold."""
     from pipeline.data.degradations import host
     from pipeline.libraries import cv2
 
@@ -96,7 +96,7 @@ def _by_soft_mask(
     sharper = cv2.scaleAdd(detail, amount, image, dst=detail)
     np.clip(sharper, 0, 255, out=sharper)
     change = cv2.subtract(sharper, image, dst=detail)
-    # Blurring the mask may overwrite the image, whose memory may be that of a former blur.
+    # Blurring the mask may overwrite the image, which may lie in the buffer of an earlier blur.
     result = workspace.array("sharpened", image.shape, apart_from=image)
     result[...] = image
     soft = host.filtered(mask, _kernel(sigma, side), workspace)
@@ -104,10 +104,10 @@ def _by_soft_mask(
 
 
 def _side(kind: str, sigma: float) -> int:
-    """Return the side of the blur's kernel."""
+    """Return the side of the kernel of the blur."""
     if kind == "unsharp":
         return 2 * math.ceil(4 * sigma) + 1
-    # OpenCV's rule gives sigma = 0.3 (side / 2 - 1.5) + 0.8 to a side.
+    # OpenCV's rule: sigma = 0.3 (side / 2 - 1.5) + 0.8.
     return 2 * max(round((sigma - 0.8) / 0.3 + 1), math.ceil(2 * sigma)) + 1
 
 
@@ -118,7 +118,7 @@ def _kernel(sigma: float, side: int) -> NDArray[np.float32]:
 def _detail(
     image: NDArray[np.float32], sigma: float, side: int, workspace: object
 ) -> NDArray[np.float32]:
-    """Return the image less its blur, in memory apart from the image's."""
+    """Return the image minus its blur, in other memory than the image."""
     from pipeline.data.degradations import host
     from pipeline.libraries import cv2
 
@@ -130,7 +130,7 @@ def _detail(
 def _above(
     detail: NDArray[np.float32], threshold: float, image: NDArray[np.float32], workspace: object
 ) -> NDArray[np.float32]:
-    """Return 1 where |detail| > threshold, otherwise 0, in memory apart from the image's."""
+    """Return 1 where |detail| > threshold, otherwise 0, in other memory than the image."""
     from pipeline.libraries import cv2
 
     mask = workspace.array("mask", detail.shape, apart_from=image)
@@ -162,7 +162,7 @@ def _add(image: Any, nodes: Mapping[str, Any], on_device: OnDevice) -> Any:
 
 
 def by_soft_mask(levels: Any, row: Any, column: Any, amount: Any, threshold: Any) -> Any:
-    """Return a node of FP32 `levels` sharpened as by `_by_soft_mask`.
+    """Return a node of FP32 `levels`, sharpened like `_by_soft_mask`.
 
     row, column: nodes of the blur's kernel along a row, (1, side), and along a column, (side, 1).
     """

@@ -1,4 +1,4 @@
-"""Displacements by fractions of a pixel: of the image, of color channels, of chroma."""
+"""Displacement of the image, of colour channels or of chroma, by fractions of a pixel."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from pipeline.spec import Angle, Range, within
 
 
 class ShiftSpec(StepSpec):
-    """Displacements, with Keys' cubic; borders are repeated."""
+    """Displacement, interpolated with Keys' cubic; borders are repeated."""
 
     kind: shares_of("image", "channels", "radial", "chroma") = Field(  # type: ignore[valid-type]
         {"channels": 1.0, "radial": 1.0},
-        description="relative probability of moving the image, red and blue separately, or chroma; "
-        "or of scaling red and blue from the middle (radial)",
+        description="relative probability of moving the image, red and blue separately (channels), "
+        "or chroma, or of scaling red and blue around the centre (radial)",
     )
     distance: Annotated[Range, within(0, 64)] = Field(
         (0.1, 1.0), description="range of the distance in pixels"
     )
     angle: Angle = Field(
         (0, 360),
-        description="range of the direction in degrees, from the x axis (right) to the y (down)",
+        description="range of the direction in degrees, from x (right) towards y (down)",
     )
     scale: Annotated[Range, within(-0.1, 0.1)] = Field(
         (-0.004, 0.004),
-        description="range of the difference in size of red and blue to green, relative (radial)",
+        description="range of the relative difference in size from green, of red and blue (radial)",
     )
 
 

@@ -1,12 +1,13 @@
-"""Compression of a still as one frame of a short film, for the step `compress`.
+"""Compression of an image as one frame of a short video, for the step `compress`.
 
-The still moves along a drawn path through a clip. The clip is encoded and decoded in memory by
-FFmpeg, with PyAV, and one frame is kept: the one in which the still is in its own place. It has the
-artefacts of an I, P or B frame, with residues of its moved neighbours.
+The image moves along a drawn path through a clip. FFmpeg, through PyAV, encodes and decodes the
+clip in memory, and one frame is kept: the one in which the image is in its original position. It
+has the artefacts of an I, P or B frame, predicted from the moved frames around it.
 
-Colours: swscale converts RGB to Y'CbCr of limited range and back, bit-exactly, by BT.709 for the
-codecs of HD films and by BT.601 for older ones, with chroma between the pixels that share it.
-Encoders and decoders have one thread each, so the bytes are the same on every machine.
+Colours: swscale converts RGB to Y'CbCr of limited range and back, in its bit-exact mode, by BT.709
+for the codecs of HD video and by BT.601 for older ones, with chroma sited at the centre of the
+pixels that share it. Encoders and decoders run on one thread each, so that the bytes do not depend
+on the number of cores.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Setting(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """What a recipe can choose for a codec."""
+    """Settings of a codec that a recipe can choose."""
 
     quality: Setting
     preset: Setting | None = None
@@ -50,22 +51,22 @@ class Codec(NamedTuple):
 
 
 class Coder(NamedTuple):
-    """An encoder and a decoder of FFmpeg, and how to set them."""
+    """An encoder and a decoder of FFmpeg, and their settings."""
 
     encoder: str
     decoder: str
     options: dict[str, str]
-    """Of the encoder; `{quality}` and `{preset}` stand for what was drawn."""
+    """Of the encoder; `{quality}` and `{preset}` stand for the drawn values."""
     matrix: int
     has_b_frames: bool = False
     looks_ahead: bool = False
     """Whether frames beyond the next P frame change how a frame is encoded."""
     smallest: int = 16
-    """Smallest side in pixels that is encoded; smaller images are padded."""
+    """Shortest side in pixels that is encoded; smaller images are padded."""
 
 
 def _scale(default: tuple[int, int]) -> Codec:
-    """Return an MPEG codec, whose quality is the quantiser's scale."""
+    """Return a codec whose quality is FFmpeg's quantiser scale."""
     return Codec(Setting("quantiser scale (low is good)", "FFmpeg", 1, 31, default))
 
 
@@ -99,9 +100,9 @@ VIDEO_CODECS = {
         Setting("preset (0 is slow)", "SVT-AV1", 0, 9, (8, 9)),
     ),
 }
-# A fixed scale; the rate control's buffer and bit rate have no effect then.
+# A fixed scale, with which the bit rate and the buffer of the rate control have no effect.
 _FIXED = {"qmin": "{quality}", "qmax": "{quality}"}
-# With a lag, strong noise of low CRF may fill libvpx's buffer for a packet, and encoding fails.
+# With a lag, strong noise at a low CRF may overflow libvpx's packet buffer, and encoding fails.
 _LIBVPX = {"deadline": "good", "cpu-used": "{preset}", "lag-in-frames": "0"}
 CODERS = {
     "h264": Coder(
@@ -124,7 +125,7 @@ CODERS = {
         has_b_frames=True,
         looks_ahead=True,
         # With sides below 50 pixels x265 4.2 writes beyond its buffers, and the process crashes. An
-        # image with one column of coding units, 64 pixels, is predicted from memory never written.
+        # image with one column of coding units (64 pixels) is predicted from uninitialised memory.
         smallest=72,
     ),
     "mpeg2": Coder("mpeg2video", "mpeg2video", _FIXED, BT601, has_b_frames=True),
@@ -147,10 +148,10 @@ CODERS = {
 
 
 def draw_clip(spec: Any, name: str, draws: Draws, canvas: Canvas) -> Parameters:
-    """Draw the clip's length, the frame that is kept, its groups of pictures and its motion.
+    """Draw the length of the clip, the frame to keep, the GOP, the B frames and the motion.
 
-    `path` has [zoom, down, right] for each frame: the still is enlarged by `zoom` around its centre
-    and then moved, in pixels. A negative zoom turns it by 180 degrees, which makes another scene.
+    `path` has [zoom, down, right] for each frame: the image is enlarged by `zoom` around its centre
+    and then moved, in pixels. A negative zoom rotates it by 180 degrees, as another scene.
     """
     frames = draws.integer(spec.frames)
     frame = draws.integer((0, frames - 1))
@@ -188,15 +189,15 @@ def draw_clip(spec: Any, name: str, draws: Draws, canvas: Canvas) -> Parameters:
 
 
 def through_video(still: Image, drawn: Parameters) -> Image:
-    """Encode and decode uint8 `still` (height, width, 3) as `drawn` says: see `draw_clip`."""
+    """Encode and decode uint8 `still` (height, width, 3) with what `draw_clip` has drawn."""
     coder, kept = CODERS[drawn["codec"]], drawn["frame"]
-    # Y'CbCr of any subsampling has even sides.
+    # Even sides suit every chroma subsampling.
     bottom, right = (
         max(side + side % 2, coder.smallest) - side for side in (still.shape[0], still.shape[1])
     )
     padded = cv2.copyMakeBorder(still, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
     path = drawn["path"]
-    if not coder.looks_ahead:  # what follows the next P frame makes no difference
+    if not coder.looks_ahead:  # frames after the next P frame make no difference
         path = path[: kept + 1 + drawn["b_frames"]]
     clip = [padded if place == [1, 0, 0] else moved(still, place, bottom, right) for place in path]
     decoded = _decoded(coder, *_encoded(coder, clip, drawn), padded.shape[:2], kept)
@@ -204,7 +205,7 @@ def through_video(still: Image, drawn: Parameters) -> Image:
 
 
 def moved(still: Image, place: list[float], bottom: int, right: int) -> Image:
-    """Return the still at a place of the path: cubic, mirrored at its borders, then padded."""
+    """Return the image at a place of the path: cubic, mirrored at its borders, then padded."""
     zoom, down, across = place
     middle_y, middle_x = ((side - 1) / 2 for side in still.shape[:2])
     to_still = np.array(
@@ -230,7 +231,7 @@ def _encoded(
     import av
     from av.video.reformatter import VideoReformatter
 
-    # SVT-AV1 describes itself on stderr otherwise.
+    # Otherwise SVT-AV1 prints its configuration on stderr.
     os.environ.setdefault("SVT_LOG", "1")
     context: Any = av.CodecContext.create(coder.encoder, "w")
     context.height, context.width = clip[0].shape[:2]
@@ -239,7 +240,7 @@ def _encoded(
     context.gop_size, context.max_b_frames = drawn["gop"], drawn["b_frames"]
     context.thread_count = 1
     context.options = {key: value.format(**drawn) for key, value in coder.options.items()} | (
-        # x264's macroblock tree for AVX-512 reads memory never written, so the bytes would vary.
+        # x264's AVX-512 code for the macroblock tree reads uninitialised memory; bytes would vary.
         {"x264-params": "asm=avx2"}
         if coder.encoder == "libx264" and cv2.checkHardwareSupport(AVX2)
         else {}
@@ -281,11 +282,11 @@ def _pixels(frame: VideoFrame, matrix: int) -> Image:
     import av
     from av.video.reformatter import VideoReformatter
 
-    # Some decoders say where chroma lies, and swscale would move it there: copied without the tags.
+    # Some decoders tag the chroma siting, and swscale would shift chroma: copy without the tags.
     untagged = av.VideoFrame(frame.width, frame.height, frame.format.name)
     for into, plane in zip(untagged.planes, frame.planes, strict=True):
         _samples(into)[...] = _samples(plane)
-    planar = _converted(  # planes give the same bytes as rgb24, in a fraction of the time
+    planar = _converted(  # gives the same bytes as rgb24 in a fraction of the time
         VideoReformatter(),
         untagged,
         format="gbrp",
@@ -298,7 +299,7 @@ def _pixels(frame: VideoFrame, matrix: int) -> Image:
 
 
 def _samples(plane: Any) -> Image:
-    """View a plane as uint8 (height, width), without copying."""
+    """Return a view of a plane as uint8 (height, width)."""
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
         : plane.height, : plane.width
     ]
@@ -311,7 +312,7 @@ def _converted(reformatter: Any, frame: VideoFrame, **options: Any) -> VideoFram
 
 
 def signature(name: str) -> str:
-    """Return what an encoder writes into its packets about itself, among other bytes."""
+    """Return an encoder's packets as text, which contain its description of itself."""
     gray = np.full((CODERS[name].smallest, CODERS[name].smallest, 3), 128, np.uint8)
     drawn = {"quality": 30, "preset": 0, "subsampling": "420", "gop": 1, "b_frames": 0}
     packets, header = _encoded(CODERS[name], [gray], drawn)
