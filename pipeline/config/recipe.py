@@ -63,6 +63,8 @@ measured, not what is learnt. Losses count as tables, as in `recipe_differences`
 
 A continued run keeps its kernels whatever `native_kernels` says, unless that is off.
 """
+PRESET_NAME = re.compile(r"data\.degradation(\.folders\.\d+)?\.preset")
+"""Where the steps of a chain come from, which makes no difference to them."""
 RESERVED_FOLDERS = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
 """Folders that every run folder contains, so a stage cannot have one of these names."""
 
@@ -423,7 +425,7 @@ def recipe_differences(old: Recipe, new: Recipe, owner: str = "run") -> list[str
             # A depth of "auto" is that of a run of an earlier version, which worked in 8 bits.
             key: 8 if (key, value) == ("data.depth", "auto") else value
             for key, value in flat(_with_loss_tables(recipe.model_dump(mode="json")))
-            if not FREE_FIELDS & {key, key.split(".")[0]}
+            if not FREE_FIELDS & {key, key.split(".")[0]} and not PRESET_NAME.fullmatch(key)
         }
         for recipe in (old, new)
     )
@@ -435,12 +437,14 @@ def changes(
 ) -> list[str]:
     """Describe the keys whose values differ between the `owner` on disk and the command line.
 
-    Each line starts with `prefix`.
+    Each line starts with `prefix`. Of an item of a list that is another one, `steps.0`, no keys are
+    listed.
     """
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
         f"{prefix}{key}: {old.get(key, 'unset')} in the {owner}, {new.get(key, 'unset')} asked for"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        for key in differing
+        if not any(key.startswith(f"{other}.") for other in differing)
     ]
 
 
@@ -589,7 +593,10 @@ def degradation_of(given: Any, seen: tuple[Path, ...] = ()) -> Any:
         return given
     path = Path(name).expanduser() if is_path else find_file(f"{PRESETS}/{name}.yaml")
     if not os.path.isfile(path):
-        raise UserError(f"data.degradation: {name}: no such file")
+        raise UserError(
+            f"data.degradation: {name}: no such file; a run that used it keeps a copy, and "
+            "continues with --recipe RUN/recipe.yaml"
+        )
     if path in seen:
         chain = " -> ".join(one.stem for one in (*seen, path))
         raise UserError(f"data.degradation: {path} is its own preset: {chain}")
@@ -694,8 +701,16 @@ def _choices(annotation: Any) -> Iterator[Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of tables, and of tables in lists.
+
+    An item of such a list is `steps.0`, with its name or first key as the value.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            for number, item in enumerate(value):
+                yield f"{prefix}{key}.{number}", item.get("name", next(iter(item), None))
+                yield from flat(item, f"{prefix}{key}.{number}.")
         else:
             yield f"{prefix}{key}", value

@@ -57,8 +57,8 @@ def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], index: dict[str, A
     if differences:
         raise UserError(
             f"{plan.run_dir} holds another run (step {step}): {'; '.join(differences)}. Continue "
-            "it with its original settings, give another --output-dir, or start a new run with "
-            "--reset (the old run is kept)"
+            "it with its original settings (the recipe is in its recipe.yaml: --recipe), give "
+            "another --output-dir, or start a new run with --reset (the old run is kept)"
         )
 
 

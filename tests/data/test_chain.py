@@ -17,7 +17,13 @@ from test_degradations import photographs, undone
 
 from conftest import photograph
 from pipeline.cli import UserError
-from pipeline.config.recipe import Recipe, degradation_of, load_stages, recipe_of
+from pipeline.config.recipe import (
+    Recipe,
+    degradation_of,
+    load_stages,
+    recipe_differences,
+    recipe_of,
+)
 from pipeline.data.dataset import Dataset, Folder, read_dataset
 from pipeline.data.degradations import build_degradation, host
 from pipeline.data.degradations.chain import Chain, ChainSpec, label, run
@@ -184,6 +190,32 @@ def test_a_preset_may_change_keys_of_another(tmp_path: Path) -> None:
     path.write_text(f"name: {path}\n")
     with pytest.raises(UserError, match=r"mine\.yaml is its own preset: mine -> mine"):
         degradation_of(str(path))
+
+
+def test_differences_of_chains_name_the_step(tmp_path: Path) -> None:
+    def recipe(text: str, name: str = "mine.yaml") -> Recipe:
+        (tmp_path / name).write_text(text)
+        return load_stages("demo", {"data.degradation": str(tmp_path / name)})[0]
+
+    old = recipe("steps: [blur, noise, {one_of: [blur, {compress: {quality: 40}}]}]")
+    assert recipe_differences(old, old) == []
+    changed = recipe("steps: [{blur: {sigma: 2}}, sharpen, {one_of: [blur, compress]}, noise]")
+    key = "data.degradation.steps"
+    assert recipe_differences(old, changed) == [
+        f"{key}.0.blur.sigma: [0.2, 3.0] in the run, [2.0, 2.0] asked for",
+        f"{key}.1: noise in the run, sharpen asked for",
+        f"{key}.2.one_of.1.steps.0.compress.quality.all: [40.0, 40.0] in the run, unset asked for",
+        f"{key}.3: unset in the run, noise asked for",
+    ]
+    # Another name of the same steps is no difference.
+    assert recipe_differences(changed, recipe((tmp_path / "mine.yaml").read_text(), "b.yaml")) == []
+    folders = [
+        load_stages("demo", {"data.degradation": ["dvd", {"name": "dvd", "surroundings": side}]})[0]
+        for side in (8, 16)
+    ]
+    assert recipe_differences(*folders) == [
+        "data.degradation.folders.1.surroundings: 8 in the run, 16 asked for"
+    ]
 
 
 def test_keys_beside_a_preset_and_another_name(tmp_path: Path) -> None:
