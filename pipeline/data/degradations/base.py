@@ -41,7 +41,7 @@ class DegradationSpec(Spec):
 
     @property
     def by_folder(self) -> tuple[DegradationSpec, ...]:
-        """The degradation of each dataset folder, or the only one, which is that of all folders."""
+        """The degradation of each dataset folder, or a single one for all folders."""
         return (self,)
 
     def of_folder(self, number: int) -> DegradationSpec:
@@ -50,7 +50,7 @@ class DegradationSpec(Spec):
 
     @property
     def paired_folders(self) -> tuple[bool, ...]:
-        """Whether LR is read, for each of `by_folder`."""
+        """Whether LR is read from disk, for each of `by_folder`."""
         return tuple(spec.reads_lr for spec in self.by_folder)
 
 
@@ -61,15 +61,15 @@ class Degradation:
     columns: tuple[str, ...] = ()  # names of a sample's arrays that the nodes need
     # Whether it has an `lr_on_host` that is faster on a CPU than the nodes.
     has_host_chain: ClassVar[bool] = False
-    # Whether LR is a weighted mean of pixels, so that `lr` may get them as uint16 and makes uint16.
-    # Levels are then not computed for every HR pixel, which takes longer than to make LR.
+    # Whether LR is a weighted mean of pixels, so that `lr` can get uint16 pixels and return uint16.
+    # This avoids converting every HR pixel to levels, which takes longer than making LR.
     is_linear: ClassVar[bool] = False
-    # Whether the region is flipped and transposed before LR is made, and not LR afterwards. What is
-    # drawn is then for the region as it is transposed.
+    # Whether the region is flipped and transposed before LR is made from it, instead of LR
+    # afterwards. The draws are then for the transposed region.
     turns_first: ClassVar[bool] = False
     has_nodes: bool = True  # whether it has the nodes of `lr`
-    # Whether these make only the first steps, so that `lr` returns all of the region, as FP32
-    # levels that are neither clipped nor rounded, and `rest_on_host` goes on.
+    # Whether these nodes run only the first steps, so that `lr` returns the whole region, as FP32
+    # levels that are neither clipped nor rounded, and `rest_on_host` runs the rest.
     is_split: bool = False
 
     def __init__(self, spec: Any, scale: int) -> None:
@@ -116,7 +116,8 @@ class Degradation:
     ) -> Any:
         """Return a DALI node of LR (HWC, levels 0..255, bytes or FP32) of a part of `region`.
 
-        If it `is_linear`, `region` may be uint16, whose unit LR then has too: uint16 or FP32.
+        If the degradation `is_linear`, `region` may be uint16; LR then has the same unit, as uint16
+        or FP32.
         The part starts at `nodes["start"]` and has `size` (height, width); both are in HR pixels
         and multiples of the scale. `as_float` requests FP32, which is not rounded, and possibly not
         clipped.
@@ -150,7 +151,7 @@ class Degradation:
         size: tuple[int, int],
         workspace: Any,
     ) -> NDArray[Any]:
-        """Return LR from what the nodes of `lr` made, which may be overwritten, if `is_split`.
+        """Return LR from the result of the nodes of `lr`, which may be overwritten, if `is_split`.
 
         See `lr_on_host` for the arguments and the result, which may be neither clipped nor rounded.
         """
@@ -215,7 +216,7 @@ class LrNoise:
     ) -> NDArray[np.float32] | NDArray[np.uint8]:
         """Return `lr`, (height, width, 3) bytes or levels, with the noise that `add` adds.
 
-        The result is not rounded yet, and in memory of `workspace`, a `host.Workspace`.
+        The result is not rounded yet and lies in memory of `workspace`, a `host.Workspace`.
         """
         from pipeline.data.degradations import host
 

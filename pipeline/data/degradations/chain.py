@@ -1,4 +1,4 @@
-"""Degradations as a list of steps in the recipe, drawn anew for each sample.
+"""Degradations as a list of steps in the recipe, drawn separately for each sample.
 
 The list holds steps and groups, which may be nested:
 
@@ -11,8 +11,8 @@ The list holds steps and groups, which may be nested:
     - sometimes: {probability: 0.2, steps: [sharpen, noise]}
     - shuffle: [noise, blur]            # in random order
 
-What is drawn for a sample is a plain list of the steps that take place and their parameters. That
-list and the pixels determine the result, so any sample can be explained and made again.
+The draw for a sample is a plain list of the steps that take place and their parameters. This list
+and the pixels determine the result, so any sample can be explained and reproduced.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _kind(value: Any) -> str:
 
 
 class Choice(Spec):
-    """One of the choices of `one_of`: a step or several, and its probability."""
+    """One of the choices of `one_of`: one or more steps, and the probability of the choice."""
 
     probability: Probability | None = None
     steps: tuple[Item, ...]
@@ -162,7 +162,7 @@ for _model in (Choice, OneOf, Some, Sometimes, Shuffle):
 
 
 class ChainSpec(DegradationSpec):
-    """LR by a list of steps."""
+    """LR made by a list of steps."""
 
     name: Literal["chain"] = "chain"
     preset: str = Field("", description="name of the preset that the steps come from, for messages")
@@ -173,8 +173,8 @@ class ChainSpec(DegradationSpec):
         64,
         ge=0,
         le=1024,
-        description="HR pixels degraded beyond the crop, so that blocks of codecs and borders fall "
-        "anywhere in it",
+        description="the degraded region is this many HR pixels larger than the crop, so that "
+        "codec blocks may start anywhere in the crop",
     )
 
     @field_validator("steps")
@@ -205,10 +205,10 @@ def _walk(items: Sequence[Any]) -> Iterator[Any]:
 
 
 class Chain(Degradation):
-    """A list of steps, run by threads of the host, on a GPU after the first ones.
+    """A list of steps, run by threads of the host; on a GPU, a graph runs the first ones.
 
-    A graph makes the leading steps that have nodes: those of `leading`. It makes all of LR if these
-    are all steps and leave it with LR's size.
+    A graph runs the leading steps that have nodes, those of `leading`. It makes all of LR if these
+    are all the steps and they end at the size of LR.
     """
 
     Spec = ChainSpec
@@ -218,12 +218,12 @@ class Chain(Degradation):
 
     def __init__(self, spec: ChainSpec, scale: int) -> None:
         super().__init__(spec, scale)
-        # Each step and group has random numbers of its own, by its position in the recipe. What is
-        # drawn for one does not depend on how many numbers the others use.
+        # Each step and group has its own random numbers, by its position in the recipe. A draw does
+        # not depend on how many numbers the others use.
         self._numbers = {id(item): i for i, item in enumerate(_walk(spec.steps))}
         items = [*itertools.takewhile(_has_nodes, spec.steps)]
-        # The steps in the order in which those that take place do so. No choice of `one_of` needs
-        # a branch of its own: which steps take place says it.
+        # The steps in the order of the recipe. The choices of `one_of` need no branches: a flag per
+        # step says whether it takes place.
         self.leading = [_kind(item) for item in _walk(items) if _kind(item) in STEPS]
         self.has_nodes = bool(self.leading)
         self.is_split = len(items) < len(spec.steps) or not _ends_at_lr(items, scale)
@@ -282,7 +282,7 @@ class Chain(Degradation):
         canvas: Canvas,
         steps: list[Parameters],
     ) -> None:
-        """Append what is drawn for `items` to `steps`, and follow the size in `canvas`."""
+        """Append the draws for `items` to `steps`, and track the size in `canvas`."""
         for item in items:
             draws = Draws(iter(rows[self._numbers[id(item)]].tolist()))
             if isinstance(item, OneOf):
@@ -342,11 +342,11 @@ class Chain(Degradation):
         return arrays
 
     def _by_place(self, parameters: Parameters) -> list[Parameters | None]:
-        """Return what was drawn for each of `leading`, None for those that do not take place.
+        """Return the draw for each of `leading`, None for those that do not take place.
 
-        The first steps of a sample's list go to the first places where they fit. A step that was
-        drawn for a later item of the recipe may be among them, which makes no difference: the steps
-        are done in the order of the list.
+        The first steps of a sample's list are assigned to the first places where they fit. This may
+        include a step that was drawn for a later item of the recipe, which makes no difference: the
+        steps run in the order of the list.
         """
         steps, placed = iter(parameters["steps"]), []
         drawn = next(steps, None)
@@ -384,7 +384,7 @@ class Chain(Degradation):
         return self._part(run(image, parameters["steps"][done:], workspace), start, size)
 
     def _part(self, lr: Image, start: tuple[int, int], size: tuple[int, int]) -> Image:
-        """Return the part of LR that was asked for in pixels of HR."""
+        """Return a part of LR, given its start and size in HR pixels."""
         (top, left), (height, width) = (
             [side // self.scale for side in place] for place in (start, size)
         )
@@ -398,7 +398,7 @@ def _nodes_of(name: str) -> StepNodes:
 
 
 def _has_nodes(item: Any) -> bool:
-    """Whether a graph can do a step or group, whatever is drawn for it."""
+    """Whether a graph can run a step or group, whatever is drawn for it."""
     for part in _walk([item]):
         name = _kind(part)
         nodes = STEPS[name].nodes if name in STEPS else None
@@ -412,7 +412,7 @@ def _has_nodes(item: Any) -> bool:
 def _ends_at_lr(items: Sequence[Any], scale: int, is_there: bool | None = None) -> bool:
     """Whether the image has LR's size after `items`, whatever is drawn for them.
 
-    is_there: whether it has it before; without it, the image has HR's size.
+    is_there: whether it has LR's size before; None means that it has HR's size.
     """
     is_there = scale == 1 if is_there is None else is_there
     for item in items:

@@ -36,7 +36,7 @@ MAX_DIRECT_TAPS = 129  # largest number of taps that OpenCV filters without a Fo
 # one SVD.
 NS_DIRECT, NS_LINE, NS_ADD, NS_FOURIER = 0.038, 0.043, 0.1, 13.0
 US_CALL, US_SVD = 5.0, 80.0
-ONE_THREAD = 2**18  # multiplications of matrices up to which OpenBLAS starts no threads
+ONE_THREAD = 2**18  # multiplications in a matrix product up to which OpenBLAS uses one thread
 
 
 class Workspace:
@@ -189,8 +189,7 @@ def resampled(
 ) -> Levels:
     """Resize `image` to `size` (height, width) with a kernel of `RESAMPLING`.
 
-    Along a side that shrinks, the kernel is widened by the ratio of the sizes, which is
-    antialiasing.
+    Along a side that shrinks, the kernel is widened by the ratio of the sizes, for antialiasing.
     """
     levels = _as_levels(image, workspace)
     if size == levels.shape[:2]:
@@ -201,7 +200,7 @@ def resampled(
 Blocks = list[tuple[int, int, Levels]]
 """A banded matrix of weights as blocks of rows: (first output row, first input row, weights).
 
-The blocks are small, so that they stay close to the diagonal.
+Small blocks stay close to the diagonal.
 """
 
 
@@ -212,7 +211,7 @@ def _by_weights(
     workspace: Workspace,
 ) -> Levels:
     """Resize rows and columns by the matrices that `weights(length, new length)` returns."""
-    # The direction that leaves fewer pixels for the other goes first.
+    # Start with the direction that leaves fewer pixels for the other.
     down, across = (
         weights(length, new) for length, new in zip(levels.shape[:2], size, strict=True)
     )
@@ -272,18 +271,18 @@ def cubic_weights(length: int, size: int) -> Blocks:
 
 
 def _keys(d: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' cubic with a = -0.5 at the distances `d`, which must not exceed 2."""
+    """Return Keys' cubic (a = -0.5) at the distances `d`, which must not exceed 2."""
     return np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
 
 
 def _mitchell(d: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The cubic of Mitchell and Netravali (SIGGRAPH 1988) with B = C = 1/3."""
+    """Return the cubic of Mitchell and Netravali (SIGGRAPH 1988) with B = C = 1/3 at `d`."""
     near = (7 * d - 12) * d * d + 16 / 3
     return np.where(d < 1, near, ((-7 / 3 * d + 12) * d - 20) * d + 32 / 3) / 6
 
 
 class Resampling(NamedTuple):
-    """A kernel: its radius in pixels, its value at distances within it, its way with borders."""
+    """A kernel: its radius in pixels, its values within the radius, and its border handling."""
 
     radius: int
     value: Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -326,13 +325,13 @@ def _blocks(places: NDArray[np.intp], weights: NDArray[np.float64], length: int)
     reach = int((whole.max(1) - starts).max()) + 1
     starts = np.minimum(starts, length - reach)
     blocks = np.zeros((len(starts), step, reach), np.float32)
-    for tap in range(taps):  # weights of the same place add up
+    for tap in range(taps):  # weights at the same place add up
         blocks[rows // step, rows % step, places[:, tap] - starts[rows // step]] += weights[:, tap]
     return [(i * step, int(start), blocks[i, : size - i * step]) for i, start in enumerate(starts)]
 
 
 class Taps(NamedTuple):
-    """Weighted sums along one axis: sum i is of weights[i, t] times the value at places[i, t]."""
+    """Weighted sums along one axis: sum i adds weights[i, t] times the value at places[i, t]."""
 
     places: NDArray[np.intp]
     weights: NDArray[np.float32]
@@ -348,8 +347,8 @@ def cubic_taps(centres: NDArray[np.float64], length: int) -> Taps:
 def sampled(image: Levels, down: Taps | None, across: Taps | None) -> Levels:
     """Return sums of rows and columns, (len(down.places), len(across.places), channels) or 2D.
 
-    None leaves a direction as it is. Matrices as in `resampled` are faster where many pixels are
-    summed.
+    None leaves a direction unchanged. If many pixels are summed, matrices as in `resampled` are
+    faster.
     """
     if down is not None:
         image = _summed_rows(image, down)
@@ -362,7 +361,7 @@ def sampled(image: Levels, down: Taps | None, across: Taps | None) -> Levels:
 def shifted(image: Levels, offset: tuple[float, float]) -> Levels:
     """Move (height, width, channels) or 2D levels down and to the right, with Keys' cubic.
 
-    offset: in pixels, of any sign; borders are repeated. A new array, unless nothing moves.
+    offset: in pixels, of any sign. Borders are repeated. Returns a new array, unless nothing moves.
     """
     down, across = (
         cubic_taps(np.arange(length) - distance, length) if distance else None
@@ -436,7 +435,7 @@ def quantiles(keys: NoiseKeys, workspace: Workspace) -> NDArray[np.uint16]:
 
 
 def in_all_channels(plane: Levels, workspace: Workspace) -> Levels:
-    """Return (height, width) values as three equal channels; three channels as they are."""
+    """Return (height, width) values as three equal channels, and three channels unchanged."""
     if plane.ndim == 3:
         return plane
     return cv2.cvtColor(
@@ -507,7 +506,7 @@ def through_jpeg(
 ) -> Bytes:
     """Round the levels and compress them with JPEG by OpenCV; 4:2:0 as DALI does.
 
-    `subsampling` is of 444, 440, 422, 420 and 411.
+    `subsampling` is 444, 440, 422, 420 or 411.
     """
     pixels = rounded(image, workspace)
     pixels = cv2.cvtColor(

@@ -62,7 +62,7 @@ def box_kernel(width: float) -> Kernel:
 
 
 def disc_kernel(radius: float) -> Kernel:
-    """Mean of a disc of `radius` pixels, at least 0.5: the blur of a lens out of focus.
+    """Mean of a disc of `radius` pixels, at least 0.5: the blur of a lens that is out of focus.
 
     Each tap is the area of the disc within its pixel, integrated along x exactly and along y over
     16 lines per pixel.
@@ -79,7 +79,7 @@ def motion_kernel(length: float, theta: float) -> Kernel:
     """Mean along a line of `length` pixels, at least 1, at `theta` radians from x towards y.
 
     With u and v the distances from its middle along and across the line, taps are min(1, (length +
-    1) / 2 - |u|) (1 - |v|), cut off at 0: the line is antialiased and about one pixel thick.
+    1) / 2 - |u|) (1 - |v|), clipped at 0: the line is antialiased and about one pixel thick.
     """
     reach = math.ceil((length - 1) / 2 + 1)
     line = np.arange(-reach, reach + 1)
@@ -90,7 +90,7 @@ def motion_kernel(length: float, theta: float) -> Kernel:
 
 
 def line_sinc(cutoff: float, lobes: int) -> NDArray[np.float32]:
-    """sin(cutoff x) / (pi x) in one dimension, cut off after `lobes` zeros on each side.
+    """sin(cutoff x) / (pi x) in one dimension, truncated after `lobes` zeros on each side.
 
     `cutoff` is in radians per pixel, above 0 and at most pi.
     """

@@ -165,7 +165,7 @@ class RealEsrgan(Degradation):
     It differs from the published code as follows: every sample draws all parameters independently
     (batches share no factor, and there is no pool of 180 pairs); area averaging is a box filter
     before linear sampling; the cubic is Keys' with a = -0.5 instead of -0.75; Poisson noise counts
-    256 levels in every image; HR is not sharpened.
+    256 levels in every image; HR is sharpened only with `data.sharpen_hr`.
     """
 
     Spec = RealEsrganSpec
@@ -283,7 +283,7 @@ class RealEsrgan(Degradation):
         if last["step"] != "blur":
             lr = run(lr, [last], workspace)
             return rounded_as(region, lr, workspace)[top : top + height, left : left + width]
-        # Only this filter is left to depend on pixels around the crop.
+        # Only this filter still depends on pixels around the crop.
         reach = last["side"] // 2
         above, before = min(reach, top), min(reach, left)
         near = np.ascontiguousarray(
@@ -427,7 +427,7 @@ def _blurred_resized_noisy(nodes: Nodes, part: str, image: Any, on_device: OnDev
 
 
 def steps_of(parameters: Parameters, scale: int, keys: Sequence[int]) -> list[Parameters]:
-    """Return what was drawn for a sample as steps of a chain, see `chain.run`.
+    """Return the draw for a sample as steps of a chain; see `chain.run`.
 
     keys: the sample's noise keys.
     """
@@ -470,7 +470,7 @@ def _steps_of_round(drawn: Parameters, keys: Sequence[int]) -> list[Parameters]:
         if "beta" in blur:
             step["beta"] = blur["beta"]
         if mode == "area":
-            # One filter in place of two: that of averaging areas is convolved with the blur's.
+            # One filter instead of two: the area filter is convolved with the blur's kernel.
             step["box"], mode = drawn["ratio"], "linear"
         steps.append(step)
     return [
