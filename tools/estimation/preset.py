@@ -163,14 +163,14 @@ def _size(found: Summary) -> list[Step]:
             }
         ]
         blur_reason = (
-            f"edges are softer than a sharp photograph's in {found.blur.count} of "
-            f"{found.blur_known} images: sigma {_numbers(found.blur)} pixels of LR"
+            f"edges are softer than in sharp photographs in {found.blur.count} of "
+            f"{found.blur_known} images: sigma {_numbers(found.blur)} LR pixels"
         )
     else:
-        blur_reason = "edges are as sharp as a sharp photograph's: no blur"
+        blur_reason = "edges are as sharp as in sharp photographs: no blur"
     shrink = (
-        "the kernel that shrank the images leaves no trace that tells it from blur; "
-        "three usual ones in equal shares"
+        "the kernel that shrank the images cannot be distinguished from blur: three common ones, "
+        "equally likely"
     )
     enlarged = found.enlargement
     if enlarged is None or enlarged.count < LEAST_SHARE * found.count:
@@ -229,8 +229,8 @@ def _noise(found: Summary) -> Step | None:
         reason += "; JPEG hides that of chroma: anything up to that of luma"
     if found.visible_noise:
         reason += (
-            f"; what is below about {found.visible_noise:.1f} levels, JPEG made invisible, and "
-            "such images are not counted"
+            f"; JPEG hides noise below about {found.visible_noise:.1f} levels, and such images are "
+            "not counted"
         )
     return Step({"noise": section}, reason)
 
@@ -247,7 +247,7 @@ def _levels(found: Summary) -> Step | None:
                 "probability": _share(found.levels.count, found.levels_known),
             }
         },
-        f"{found.levels.count} of {found.levels_known} images leave levels out, evenly: "
+        f"{found.levels.count} of {found.levels_known} images skip levels at regular distances: "
         f"{_numbers(found.levels, 0)} of 256 are in use",
     )
 
@@ -264,7 +264,7 @@ def _chroma(found: Summary) -> Step | None:
             }
         },
         f"every second chroma sample was interpolated in {count} images that show no JPEG "
-        f"({_listed(found.subsampled)}): video, WebP or a camera's color filter",
+        f"({_listed(found.subsampled)}): video, WebP or a camera's colour filter",
     )
 
 
@@ -273,7 +273,7 @@ def _interlace(found: Summary) -> Step | None:
         return None
     return Step(
         {"interlace": {"kind": "combing", "probability": _share(found.combed, found.count)}},
-        f"lines alternate in {found.combed} of {found.count} images",
+        f"combing (interlaced lines) in {found.combed} of {found.count} images",
     )
 
 
@@ -301,7 +301,7 @@ def _codec(found: Summary) -> Step | None:
         reasons.append(
             f"JPEG in {found.jpeg.count} of {found.count} images, quality "
             f"{_numbers(found.jpeg, 0)}, chroma {_listed(found.jpeg_subsamplings)} "
-            f"({files} by their tables, {found.jpeg.count - files} by traces in other formats)"
+            f"({files} from their tables, {found.jpeg.count - files} from traces in other formats)"
         )
     for form, number in found.lossy_formats.items():
         share = min(_share(number, found.count), left)
@@ -312,7 +312,7 @@ def _codec(found: Summary) -> Step | None:
         if form == "webp" and found.webp is not None:
             section["quality"] = [round(found.webp.low), round(found.webp.high)]
             reasons.append(
-                f"{number} files are lossy WebP, by their quantisers of quality "
+                f"{number} files are lossy WebP; their quantisers give a quality of "
                 f"{_numbers(found.webp, 0)}"
             )
         else:
@@ -328,7 +328,7 @@ def _codec(found: Summary) -> Step | None:
         choices[0]["probability"] = _rounded(choices[0]["probability"] + left)
     else:
         choices.append({"probability": left, "steps": []})
-        reasons.append("no trace of a codec in the others")
+        reasons.append("the others show no trace of a codec")
     return Step({"one_of": choices}, "; ".join(reasons))
 
 
