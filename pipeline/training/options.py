@@ -20,7 +20,7 @@ from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.degradations import build_degradation
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
 from pipeline.distributed.launcher import find_rank_info
-from pipeline.files import check_utf8
+from pipeline.files import check_utf8, short_path
 from pipeline.installation import find_file
 from pipeline.run_folder import RUNS_DIR
 
@@ -263,6 +263,13 @@ def _stage_plan(
             check_accelerate(config)
     home = (options.output_dir or RUNS_DIR / recipe.name).expanduser().absolute()
     log_dir = (options.log_dir or home).expanduser().absolute()
+    for folder in dataset.folders:
+        # --reset would move the dataset away with the run.
+        if home.resolve() in (folder.root.resolve(), *folder.root.resolve().parents):
+            raise UserError(
+                f"--output-dir {short_path(home)} contains the dataset {short_path(folder.root)}; "
+                "give the run a folder of its own"
+            )
     check_utf8(home, "safetensors")
     check_utf8(log_dir, "TensorBoard")
     return TrainPlan(

@@ -10,11 +10,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 
 from pipeline.cli import UserError
 from pipeline.data.dataset import Folder, contents_hash, read_dataset
 from pipeline.data.image_files import MANIFEST, lists_hash, read_file_list, write_file_list
+from pipeline.training.options import TrainOptions, TrainPlan, make_plan
 
 
 def line(path: str, number: int, **more: object) -> str:
@@ -238,3 +240,22 @@ def test_files_are_made_when_they_are_asked_for(tmp_path: Path) -> None:
     for number in (20, -21):
         with pytest.raises(IndexError):
             dataset.training[number]
+
+
+def test_a_run_is_not_put_where_the_dataset_is(tmp_path: Path) -> None:
+    """`--reset` would move the dataset away with the run."""
+    root = tmp_path / "photos" / "set"
+    root.mkdir(parents=True)
+    np.save(root / "a.npy", np.zeros((64, 64, 3), np.uint8))
+    for name in ("training_file_list.txt", "validation_file_list.txt"):
+        (root / name).write_text("a.npy\n")
+
+    def plan(folder: Path) -> TrainPlan:
+        return make_plan(
+            TrainOptions(recipe="demo", dataset_dir=(root,), output_dir=folder, reset=True)
+        )
+
+    for folder in (root, root.parent, root / ".." / "set"):
+        with pytest.raises(UserError, match=r"contains the dataset .*a folder of its own"):
+            plan(folder)
+    assert plan(root / "run").run_dir == root / "run"
