@@ -30,7 +30,7 @@ from pipeline.cli import UserError, counted, run
 from pipeline.config.recipe import PRESETS, load_recipe, recipe_of
 from pipeline.data.degradations import KINDS, build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, Degradation, Parameters
-from pipeline.data.degradations.host import Workspace
+from pipeline.data.degradations.host import Workspace, in_depth, levels_of
 from pipeline.data.image_files import MANIFEST, BadFileError, BadNpyError, is_encoded, is_npy
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, unread_note
 from pipeline.data.image_pixels import prepare_decoders
@@ -507,7 +507,13 @@ class Maker:
         if self._records.holds(record):
             return named, None
         try:
-            pixels = decode_file(self._root / job.source) if job.pixels is None else job.pixels
+            # Images of 16 bits stay so, except as WebP, which has 8.
+            depth = 8 if settings.form == "webp" else None
+            pixels = (
+                decode_file(self._root / job.source, depth=depth)
+                if job.pixels is None
+                else job.pixels
+            )
         except (BadImageError, BadNpyError, BadFileError) as error:
             return named, Refusal(str(getattr(error, "reason", error)))
         except OSError as error:
@@ -557,9 +563,11 @@ def degraded(
     region: np.ndarray,
     workspace: Workspace,
 ) -> np.ndarray:
-    """Return LR of a whole image, uint8, in the workspace's memory."""
+    """Return LR of a whole image, uint8 or uint16 as the image, in the workspace's memory."""
     size = region.shape[0], region.shape[1]
-    return degradation.lr_on_host(parameters, keys, region, (0, 0), size, workspace)
+    depth, levels = 8 * region.itemsize, levels_of(region, workspace)
+    lr = degradation.lr_on_host(parameters, keys, levels, (0, 0), size, workspace)
+    return in_depth(lr, depth, workspace)
 
 
 def _tell(report: Report, out: Path, unread: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ from pipeline.data.degradations.realesrgan import RealEsrganSpec
 from pipeline.images import cubic_resize
 from tools import degrade
 from tools.degrade import RECORDS, Options, main
+from tools.images import decode_file
 
 CHAIN = """# Photographs for a test.
 steps:
@@ -119,6 +120,22 @@ def test_the_seed_and_the_name_alone_decide(photos: Path, tmp_path: Path) -> Non
     (photos / "b/c.png").unlink()
     assert chained(photos, "--format", "npy", out="npy").returncode == 0
     np.testing.assert_array_equal(np.load(tmp_path / "npy/a.npy"), read(tmp_path / "lr" / "a.png"))
+
+
+def test_images_of_16_bits_keep_them(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    ramp = np.linspace(20000, 21000, 64 * 48, dtype=np.uint16).reshape(64, 48, 1)
+    np.save(photos / "a.npy", ramp.repeat(3, axis=2))
+    for form, dtype in (("npy", np.uint16), ("png", np.uint16), ("webp", np.uint8)):
+        done = make(photos, "--degradation", "gaussian", "--format", form, out=form)
+        assert (done.returncode, done.stderr) == (0, "")
+        path = tmp_path / form / f"a.{form}"
+        lr = np.load(path) if form == "npy" else decode_file(path, depth=None)
+        assert (lr.dtype, lr.shape) == (dtype, (32, 24, 3))
+    deep = decode_file(tmp_path / "png" / "a.png", depth=None)
+    assert len(np.unique(deep)) > 300  # 8 bits would leave five levels
+    np.testing.assert_array_equal(deep, np.load(tmp_path / "npy" / "a.npy"))
 
 
 def test_one_image_and_several_variants(photos: Path, tmp_path: Path) -> None:
