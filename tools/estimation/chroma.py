@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_banded
 
 from tools.estimation.jpeg import ROUNDING, JpegTrace, block_dct, step_gains, table, whole_blocks
 
@@ -57,6 +56,8 @@ def after_jpeg(
 
 def reduced(plane: Plane, across: int, down: int, is_smooth: bool) -> Plane:
     """Undo an enlargement by repetition, or (`is_smooth`) by libjpeg's triangle filter."""
+    from scipy.linalg import solve_banded
+
     for axis, factor in ((1, across), (0, down)):
         if factor == 1:
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaincinv, ndtr
 
 from pipeline.libraries import cv2
 
@@ -40,6 +39,8 @@ def white_noise(plane: Plane) -> float:
     enlarged or compressed afterwards is no longer white and is found only in part. `plane` has
     levels 0..255 (Cb and Cr: around 0) and at least 16 pixels per side.
     """
+    from scipy.special import gammaincinv
+
     patches = np.lib.stride_tricks.sliding_window_view(plane, (_SIDE, _SIDE))
     height, width = patches.shape[:2]
     stride = max(1, int(np.ceil(np.sqrt(height * width / _MAX_PATCHES))))
@@ -87,6 +88,8 @@ def noise_below_jpeg(blocks: NDArray[np.float32], steps: NDArray[np.int64]) -> t
     frequencies are most likely. `blocks` is the DCT of the luma on the JPEG's own grid, (rows,
     columns, 8, 8); `steps` are its quantisation steps, (8, 8).
     """
+    from scipy.special import ndtr
+
     levels, step = blocks.reshape(-1, 64), steps.ravel().astype(np.float64)
     visible = _VISIBLE * float(np.percentile(step[_MIDDLE], 10))
     mean = levels[:, 0] / 8
