@@ -231,6 +231,14 @@ class Campaign:
     ) -> Outcome:
         """Run the same command again and compare everything with an undisturbed run."""
         process.wait(PATIENCE)
+        # The command may stand for a process of the warm server, which ends, and gives up its lock,
+        # a moment later.
+        deadline = time.monotonic() + PATIENCE
+        for file in (place / "pids").iterdir():
+            while _is_alive(file.name.rsplit("-", 1)[1]):
+                if time.monotonic() > deadline:
+                    raise RunError(f"{file.name} is still alive")
+                time.sleep(0.01)
         expected, out = self.undisturbed(name), place / "out"
         text = _output(place).read_text(encoding="utf-8", errors="replace")
         outcome.status = process.returncode
@@ -287,6 +295,13 @@ def run(
                     "number": number,
                     **FAULTS[kind](campaign, name, draw).as_dict(),
                 }
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process exists and is no zombie, which holds no files any more."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def _output(place: Path) -> Path:
