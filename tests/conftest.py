@@ -67,6 +67,28 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def vgg16(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with random weights of VGG16's features."""
+    return _random_trunk(tmp_path_factory.mktemp("trunks") / "vgg16.pth", "VGG16_BLOCKS")
+
+
+@pytest.fixture(scope="session")
+def vgg19(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with random weights of VGG19's features."""
+    return _random_trunk(tmp_path_factory.mktemp("trunks") / "vgg19.pth", "VGG19_BLOCKS")
+
+
+def _random_trunk(path: Path, blocks: str) -> str:
+    import torch
+
+    from fabricate import random_vgg
+    from pipeline.losses import trunks
+
+    torch.save(random_vgg(getattr(trunks, blocks)), path)
+    return str(path)
+
+
 SMALL = (
     "data.crop=32",
     "ds.train_batch_size=4",

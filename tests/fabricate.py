@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline import cli
 from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint_index import describe, write_index
 from pipeline.distributed.ranks import Ranks
+from pipeline.losses.trunks import vgg_features
 from pipeline.models import build_generator
 from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.ema import ExponentialMovingAverage
@@ -74,6 +76,20 @@ def identity_network(scale: int = 1) -> SRVGGNetCompact:
         network.body[-1].weight.zero_()
         network.body[-1].bias.zero_()
     return network.eval()
+
+
+def random_vgg(blocks: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return random weights of a VGG's features ("features.0.weight", …) that keep the signal's
+    magnitude, exact in FP16."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in vgg_features(blocks).state_dict().items()}
+    return {
+        f"features.{key}": torch.randn(shape, generator=generator)
+        .mul((2 / shape[1:].numel()) ** 0.5 if len(shape) == 4 else 0.1)
+        .half()
+        for key, shape in shapes.items()
+    }
 
 
 def ramp() -> np.ndarray:

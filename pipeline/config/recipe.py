@@ -54,7 +54,10 @@ FREE_FIELDS = frozenset(
         "data.max_bad_files",
         "lpips_weights",
         "losses.vgg_feature.weights",
+        "losses.vgg_patch.weights",
+        "losses.contextual.weights",
         "losses.lpips.weights",
+        "losses.dists.weights",
         "native_kernels",
     }
 )
@@ -327,11 +330,10 @@ class Recipe(Spec):
         if not self.losses:
             raise ValueError("at least one loss is needed, such as losses.l1=1")
         needed = metric_of(self.best.metric)
-        if needed.trunks and getattr(self, f"validation_{needed.name}") == "off":
-            raise ValueError(
-                f"best.metric {needed.key} needs validation_{needed.name}: "
-                f"{', '.join(needed.trunks[:-1])} or {needed.trunks[-1]}"
-            )
+        if needed.trunks and getattr(self, f"validation_{needed.name}", "off") == "off":
+            *others, last = needed.trunks
+            choice = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"best.metric {needed.key} needs validation_{needed.name}: {choice}")
         return self
 
     def ds_config_path(self) -> Path:

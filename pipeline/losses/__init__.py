@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from pipeline.cli import UserError
 from pipeline.config import names
 from pipeline.images import unit_range
+from pipeline.losses.contextual import Contextual
+from pipeline.losses.dists import Dists
 from pipeline.losses.perceptual import Lpips, VggFeature
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
+from pipeline.losses.vgg_patch import VggPatch
 
 # Either a function f(sr, hr, **params), or a class built with its params and called with (sr, hr).
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -26,7 +29,10 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "fft": FourierL1,
     "tv": TotalVariation,
     "vgg_feature": VggFeature,
+    "vgg_patch": VggPatch,
+    "contextual": Contextual,
     "lpips": Lpips,
+    "dists": Dists,
 }
 
 

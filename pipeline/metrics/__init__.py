@@ -144,6 +144,14 @@ METRICS: dict[str, Metric] = {
             lower_is_better=True,
             trunks=("alex", "squeeze", "vgg"),
         ),
+        Metric(
+            "dists",
+            "DISTS",
+            "pipeline.metrics.dists:DistsMetric",
+            4,
+            lower_is_better=True,
+            trunks=("vgg",),
+        ),
     )
 }
 

@@ -28,6 +28,7 @@ DATASET_DIR = Path("~/dataset")
 # Most samples that data.multiplier may give an epoch: every rank draws the order of a whole epoch
 # at once.
 LONGEST_EPOCH = 1 << 25
+VGG19_LOSSES = ("vgg_feature", "vgg_patch", "contextual")
 
 
 @dataclass
@@ -60,7 +61,8 @@ class TrainOptions:
     """Initial weights: a weights file, or a run folder, whose best averaged weights are used.
     Default: the recipe's."""
     vgg_weights: Path | None = None
-    """VGG19 weights for the loss vgg_feature. Default: the recipe's, or torchvision's cache."""
+    """VGG19 weights for vgg_feature, vgg_patch and contextual. Default: the recipe's, or
+    torchvision's cache."""
     dataset_multiplier: int | None = None
     """Random crops per file and epoch. Default: the recipe's data.multiplier, 1."""
     output_dir: Path | None = None
@@ -187,10 +189,10 @@ def make_plans(options: TrainOptions) -> list[TrainPlan]:
     recipes = load_stages(options.recipe, recipe_overrides)
     if options.vgg_weights is not None:
         recipes = [_with_vgg_weights(recipe, options.vgg_weights) for recipe in recipes]
-        if not any("vgg_feature" in recipe.losses for recipe in recipes):
+        if not any(name in recipe.losses for recipe in recipes for name in VGG19_LOSSES):
             raise UserError(
                 f"--vgg-weights {options.vgg_weights}: recipe {options.recipe} has no loss "
-                "vgg_feature"
+                f"{', '.join(VGG19_LOSSES[:-1])} or {VGG19_LOSSES[-1]}"
             )
     if start is not None:  # each later stage starts from the one before
         recipes[0] = recipes[0].model_copy(update={"start": str(start)})
@@ -214,13 +216,12 @@ def plans_of_rank(options: TrainOptions) -> list[TrainPlan] | None:
 
 
 def _with_vgg_weights(recipe: Recipe, file: Path) -> Recipe:
-    term = recipe.losses.get("vgg_feature")
-    if term is None:
-        return recipe
-    table = dict(term) if isinstance(term, dict) else {"weight": term}
-    return recipe.model_copy(
-        update={"losses": {**recipe.losses, "vgg_feature": {**table, "weights": str(file)}}}
-    )
+    losses = dict(recipe.losses)
+    for name in losses.keys() & set(VGG19_LOSSES):
+        term = losses[name]
+        table = dict(term) if isinstance(term, dict) else {"weight": term}
+        losses[name] = {**table, "weights": str(file)}
+    return recipe.model_copy(update={"losses": losses})
 
 
 def _stage_plan(

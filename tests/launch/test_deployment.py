@@ -24,7 +24,7 @@ import torch
 
 from conftest import ROOT, SMALL, environment
 from pipeline.checkpoint_index import damage
-from pipeline.losses.perceptual import SOURCE, TRUNK_FILES
+from pipeline.losses.trunks import SOURCE, TRUNK_FILES
 from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 DOCKER, SLURM, CLOUD = (ROOT / "launch" / name for name in ("docker", "slurm", "cloud"))

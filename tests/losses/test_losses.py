@@ -11,6 +11,8 @@ from pipeline.cli import UserError
 from pipeline.losses import LOSSES, Criterion
 from pipeline.losses.pixel import Charbonnier, l1, mse
 
+NEED_FILES = {"vgg_feature", "vgg_patch", "contextual", "lpips", "dists"}  # tested next to this
+
 
 def test_values() -> None:
     sr, hr = torch.tensor([[[[0.5, 0.0]]]]), torch.tensor([[[[0.25, 1.0]]]])
@@ -66,7 +68,7 @@ def test_autocast_does_not_reach_the_losses() -> None:
 def test_every_cheap_loss_reaches_all_pixels_at_float32() -> None:
     torch.manual_seed(0)
     hr = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
-    for name in set(LOSSES) - {"vgg_feature", "lpips"}:  # these need files: test_perceptual.py
+    for name in set(LOSSES) - NEED_FILES:
         sr = torch.rand(2, 3, 24, 24, dtype=torch.bfloat16, requires_grad=True)
         loss = Criterion({name: 0.5})(sr, hr)[name]
         assert (loss.dtype, loss.shape) == (torch.float32, ())

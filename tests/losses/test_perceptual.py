@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -11,35 +12,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import run_python
+from fabricate import random_vgg
 from pipeline.cli import UserError
 from pipeline.libraries import import_torchvision
-from pipeline.losses import Criterion
-from pipeline.losses.perceptual import (
+from pipeline.losses import LOSSES, Criterion
+from pipeline.losses.perceptual import VggFeature, VggLoss
+from pipeline.losses.trunks import (
     TRUNK_FILES,
-    VggFeature,
+    VGG19_BLOCKS,
     find_trunk,
     trunk_dtype,
-    vgg19_features,
-    vgg19_layer_indices,
+    vgg_features,
+    vgg_layer_indices,
 )
+from pipeline.training.options import VGG19_LOSSES
 
 NUMBER_OF_CONVOLUTIONS = 16
 
 
 @pytest.fixture(scope="module")
 def trunk() -> dict[str, torch.Tensor]:
-    """Random weights of VGG19's features that keep the signal's magnitude, exact in FP16."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in vgg19_features().state_dict().items()}
-    return {
-        f"features.{key}": (
-            torch.randn(shape) * (2 / shape[1:].numel()) ** 0.5
-            if len(shape) == 4
-            else torch.randn(shape) * 0.1
-        ).half()
-        for key, shape in shapes.items()
-    }
+    return random_vgg(VGG19_BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +79,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_layers_have_the_papers_names() -> None:
-    places = vgg19_layer_indices()
+    places = vgg_layer_indices(VGG19_BLOCKS)
     assert len(places) == NUMBER_OF_CONVOLUTIONS
     assert (
         places["conv1_1"],
@@ -96,7 +89,7 @@ def test_layers_have_the_papers_names() -> None:
         places["conv5_4"],
     ) == (0, 2, 7, 16, 34)
     with torch.device("meta"):
-        layers = vgg19_features()
+        layers = vgg_features(VGG19_BLOCKS)
     assert sorted(places.values()) == [
         n for n, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)
     ]
@@ -108,11 +101,11 @@ def test_layers_have_the_papers_names() -> None:
 def test_features_are_torchvisions_bit_for_bit(weights, reference, name, before_activation) -> None:
     images, _ = pictures()
     loss = VggFeature({name: 1.0}, before_activation, weights=weights)
-    place = vgg19_layer_indices()[name] + (0 if before_activation else 1)
-    assert len(loss.features) == place + 1  # deeper layers are dropped
+    place = vgg_layer_indices(VGG19_BLOCKS)[name] + (0 if before_activation else 1)
+    assert len(loss.trunk.features) == place + 1  # deeper layers are dropped
     with torch.no_grad():
         expected = reference[: place + 1](normalised(images))
-        assert torch.equal(loss.extract(images)[place], expected)
+        assert torch.equal(loss.trunk(images)[0], expected)
         assert (expected < 0).any() == before_activation
 
 
@@ -136,7 +129,7 @@ def test_several_layers_are_added_up_by_their_weights(weights, reference) -> Non
                 weight
                 * function(
                     *(
-                        reference[: vgg19_layer_indices()[name] + 1](normalised(images))
+                        reference[: vgg_layer_indices(VGG19_BLOCKS)[name] + 1](normalised(images))
                         for images in (sr, hr)
                     )
                 )
@@ -154,7 +147,7 @@ def test_the_channels_are_rgb_and_normalised(trunk, tmp_path) -> None:
         state["features.0.weight"][channel, channel, 1, 1] = 1
     torch.save(state, tmp_path / "copy.pth")
     images, _ = pictures()
-    features = VggFeature({"conv1_1": 1.0}, weights=str(tmp_path / "copy.pth")).extract(images)[0]
+    features = VggFeature({"conv1_1": 1.0}, weights=str(tmp_path / "copy.pth")).trunk(images)[0]
     for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
         assert torch.allclose(features[:, channel], (images[:, channel] - mean) / std, atol=1e-6)
 
@@ -252,6 +245,12 @@ def test_a_trunk_is_found_by_name_or_in_the_cache(tmp_path, monkeypatch) -> None
     assert find_trunk("alex", "~/mine.pth") == tmp_path / "mine.pth"
     with pytest.raises(UserError, match="no trunk named 'alexnet'; did you mean 'alex'"):
         find_trunk("alexnet")
+
+
+def test_vgg_weights_reach_all_losses_on_vgg19() -> None:
+    built = {name for name, loss in LOSSES.items() if inspect.isclass(loss)}
+    assert set(VGG19_LOSSES) == {name for name in built if issubclass(LOSSES[name], VggLoss)}
+    assert all(LOSSES[name].name == name for name in VGG19_LOSSES)
 
 
 def test_trunk_names_are_torchvisions() -> None:

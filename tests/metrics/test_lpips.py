@@ -115,6 +115,8 @@ def test_the_metric_takes_bytes_and_floats_alike(squeeze) -> None:
     metric = LpipsMetric("squeeze", squeeze[1])
     values = metric.each(sr, hr)
     assert values == metric.each(sr.float() / 255, hr) == metric.each(sr, hr.float() / 255)
+    deep = (sr.to(torch.int32) * 257).to(torch.uint16)
+    assert metric.each(deep, hr) == pytest.approx(values, rel=1e-5)
     assert values == pytest.approx(
         [metric.each(sr[n : n + 1], hr[n : n + 1])[0] for n in range(2)], rel=1e-4
     )
@@ -126,7 +128,7 @@ def test_the_metric_takes_bytes_and_floats_alike(squeeze) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda sr: sr * 2 - 1, r"SR is in \[-1, .*\]; LPIPS takes floats in \[0, 1\] or uint8"),
+        (lambda sr: sr * 2 - 1, r"SR is in \[-1, .*\]; LPIPS takes floats in \[0, 1\], uint8"),
         (lambda sr: sr * 255, r"SR is in \[0, 255\]; LPIPS takes"),
         (lambda sr: sr + 1e-3, r"SR is in \[0.001, 1.001\]"),
         (lambda sr: sr * float("nan"), "SR is in .nan, nan."),

@@ -21,6 +21,7 @@ from pipeline.data.loader import Batch
 from pipeline.distributed.ranks import Ranks
 from pipeline.losses import LOSSES, Criterion
 from pipeline.losses.adversarial import ADVERSARIAL_LOSSES
+from pipeline.losses.dists import DistsDistance
 from pipeline.losses.perceptual import LpipsDistance, VggFeature
 from pipeline.models import GENERATORS, build_generator
 from pipeline.models.discriminators import DISCRIMINATORS, build_discriminator
@@ -126,11 +127,12 @@ def test_every_discriminator(name: str) -> None:
 @pytest.fixture
 def trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give losses trunks without values."""
-    import pipeline.losses.perceptual as perceptual
+    from pipeline.losses import dists, perceptual
 
-    monkeypatch.setattr(
-        perceptual, "load_trunk", lambda name, file, layers: layers.to_empty(device="cpu")
-    )
+    for module in (dists, perceptual):
+        monkeypatch.setattr(
+            module, "load_trunk", lambda name, file, layers: layers.to_empty(device="cpu")
+        )
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -143,11 +145,14 @@ def test_every_loss(name: str, trunks: None) -> None:
     assert sr.grad.device == META
 
 
-def test_lpips_as_a_metric(trunks: None) -> None:
+def test_perceptual_metrics(trunks: None) -> None:
     distance = LpipsDistance("squeeze").to(META)
     assert all_on_meta(distance)
     assert distance(pixels(64), pixels(64)).shape == (2,)
     assert all_on_meta(VggFeature().to(META))
+    distance = DistsDistance().to(META)
+    assert all_on_meta(distance)
+    assert distance(pixels(64), pixels(64)).shape == (2,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -225,7 +225,7 @@ def test_what_a_later_stage_lacks_is_said_before_the_first(
     )
     assert_one_line(
         run([*command(dataset, tmp_path / "run"), "--vgg-weights", "vgg19.pth"]),
-        "--vgg-weights vgg19.pth: recipe demo has no loss vgg_feature",
+        "--vgg-weights vgg19.pth: recipe demo has no loss vgg_feature, vgg_patch or contextual",
     )
 
 
