@@ -8,15 +8,8 @@ import torch
 from PIL import Image
 
 from fabricate import picture, tiny_network
-from pipeline.models.colour import (
-    SPACES,
-    InColourSpace,
-    in_colour_space,
-    oklab_to_rgb,
-    rgb_to_oklab,
-    rgb_to_ycbcr,
-    ycbcr_to_rgb,
-)
+from pipeline.colour_spaces import oklab_to_rgb, rgb_to_oklab, rgb_to_ycbcr, ycbcr_to_rgb
+from pipeline.models.colour import SPACES, InColourSpace, in_colour_space
 from pipeline.models.rrdbnet import RRDBNet
 from pipeline.models.srresnet import SRResNet
 from pipeline.models.vapsr import VapSR, bicubic_kernel, cubic_upscale

@@ -7,9 +7,9 @@ from torch.profiler import profile
 
 from fabricate import TINY, tiny_network
 from pipeline.cli import UserError
+from pipeline.colour_spaces import oklab_to_rgb, rgb_to_oklab
 from pipeline.images import cubic_resize, to_bytes
 from pipeline.models import build_generator
-from pipeline.models.colour import oklab_to_rgb, rgb_to_oklab
 from pipeline.models.vapsr import VapSR, bicubic_kernel, cubic_upscale
 
 VAPSR_S = {"num_features": 32, "num_blocks": 11, "conv_groups": 2}
