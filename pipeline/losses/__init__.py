@@ -14,19 +14,29 @@ from torch import Tensor, nn
 from pipeline.cli import UserError
 from pipeline.config import names
 from pipeline.images import unit_range
+from pipeline.losses.colour import Luma, OklabChroma
 from pipeline.losses.contextual import Contextual
 from pipeline.losses.dists import Dists
+from pipeline.losses.focal_frequency import FocalFrequency
+from pipeline.losses.ldl import Ldl
 from pipeline.losses.perceptual import Lpips, VggFeature
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
+from pipeline.losses.sobel import Sobel
 from pipeline.losses.vgg_patch import VggPatch
 
 # Either a function f(sr, hr, **params), or a class built with its params and called with (sr, hr).
+# A loss whose attribute `uses_averaged` is true also gets `averaged`, the averaged network's SR.
 LOSSES: dict[str, Callable[..., Any]] = {
     "l1": l1,
     "mse": mse,
     "charbonnier": Charbonnier,
     "ms_ssim": MsSsim,
     "fft": FourierL1,
+    "focal_frequency": FocalFrequency,
+    "sobel": Sobel,
+    "oklab_chroma": OklabChroma,
+    "luma": Luma,
+    "ldl": Ldl,
     "tv": TotalVariation,
     "vgg_feature": VggFeature,
     "vgg_patch": VggPatch,
@@ -51,16 +61,22 @@ class Criterion:
         if not terms:
             raise UserError(f"at least one loss is needed; choose from {', '.join(LOSSES)}")
         self.weights: dict[str, float] = {}
-        self._losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        self._losses: dict[str, Callable[..., Tensor]] = {}
         self._is_checked = False
         for name, term in terms.items():
             self.weights[name], params = _split(name, term)
             self._losses[name] = _build(name, params, torch.device(device))
 
-    def __call__(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    @property
+    def uses_averaged(self) -> bool:
+        """Whether a loss compares with the output of the averaged network."""
+        return any(map(_uses_averaged, self._losses.values()))
+
+    def __call__(self, sr: Tensor, hr: Tensor, averaged: Tensor | None = None) -> dict[str, Tensor]:
         """Return each weighted term as a float32 scalar.
 
-        `sr` is float NCHW in [0, 1]; `hr` has the same shape, pixels or floats in [0, 1]. Raises
+        `sr` is float NCHW in [0, 1]; `hr` has the same shape, pixels or floats in [0, 1].
+        `averaged` is the averaged network's SR, without a gradient, if `uses_averaged`. Raises
         `ValueError` if the first float `hr` is not in [0, 1]. Later ones are not checked, because
         reading their range would wait for the device.
         """
@@ -68,8 +84,10 @@ class Criterion:
         with torch.autocast(sr.device.type, enabled=False):
             sr = sr.float()
             hr = unit_range(hr, sr.dtype)
+            more = {} if averaged is None else {"averaged": averaged.float()}
             return {
-                name: weight * self._losses[name](sr, hr) for name, weight in self.weights.items()
+                name: self.weights[name] * loss(sr, hr, **(more if _uses_averaged(loss) else {}))
+                for name, loss in self._losses.items()
             }
 
     def _check_range(self, hr: Tensor) -> None:
@@ -102,9 +120,11 @@ def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str,
     return float(weight), params
 
 
-def _build(
-    name: str, params: Mapping[str, Any], device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _uses_averaged(loss: Callable[..., Tensor]) -> bool:
+    return bool(getattr(loss, "uses_averaged", False))
+
+
+def _build(name: str, params: Mapping[str, Any], device: torch.device) -> Callable[..., Tensor]:
     loss = LOSSES[name]
     if not inspect.isclass(loss):
         return functools.partial(loss, **params)

@@ -144,7 +144,7 @@ def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
         if "scheduler" in ds_config:
             validate_schedule(ds_config["scheduler"])
     crop = torch.full((1, 3, recipe.data.crop, recipe.data.crop), 0.5)
-    Criterion(recipe.losses)(crop.clone(), crop)
+    _criterion(recipe, "cpu")(crop.clone(), crop, crop)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
     if (
         ranks.is_first
@@ -359,7 +359,7 @@ def _trainer(
     `begin` logs a line about initial weights; None if the run continues.
     """
     recipe, spec = plan.recipe, plan.recipe.adversarial
-    criterion = ranks.on_all_ranks(lambda: Criterion(recipe.losses, ranks.device))
+    criterion = ranks.on_all_ranks(lambda: _criterion(recipe, ranks.device))
     if spec is None:
         return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
     assert plan.discriminator_ds_config is not None
@@ -382,6 +382,16 @@ def _trainer(
     discriminator = build_engine(network, ds_config, ranks, plan.runtime)
     _compile(discriminator.module, recipe, ranks, began, channels_last=layout == "channels_last")
     return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
+
+
+def _criterion(recipe: Recipe, device: torch.device | str) -> Criterion:
+    criterion = Criterion(recipe.losses, device)
+    if criterion.uses_averaged and not recipe.ema_decay:
+        raise UserError(
+            "the loss 'ldl' compares with the averaged network, but ema_decay 0 disables "
+            "averaging; set ema_decay=0.999, or losses.ldl={weight: 1, refine: false}"
+        )
+    return criterion
 
 
 def _share_start_weights(

@@ -64,7 +64,9 @@ class ReconstructionTrainer:
         if self.uses_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         lr = _to_input(batch.lr).contiguous(memory_format=self.memory_format)
-        losses = self.criterion(self.generator(lr), batch.hr)
+        losses = self.criterion(
+            self.generator(lr), batch.hr, averaged_output(self.criterion, self.ema, lr)
+        )
         at_boundary = self.generator.is_gradient_accumulation_boundary()
         backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
@@ -132,14 +134,14 @@ class AdversarialTrainer:
         learners = self.learners(number)
         with torch.set_grad_enabled("generator" in learners):
             sr = self.generator(lr).float()
-        losses = self._update_generator(sr, hr) if "generator" in learners else {}
+        losses = self._update_generator(lr, sr, hr) if "generator" in learners else {}
         statistics = _colour_drift(sr.detach(), hr)
         if "discriminator" in learners:
             statistics |= self._update_discriminator(sr.detach(), hr)
         return StepResult(losses, statistics)
 
-    def _update_generator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        losses = self.criterion(sr, hr)
+    def _update_generator(self, lr: Tensor, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        losses = self.criterion(sr, hr, averaged_output(self.criterion, self.ema, lr))
         with frozen(self.discriminator.module):
             fake = self._logits(self.discriminator.module, sr)
             real = None
@@ -178,6 +180,16 @@ class AdversarialTrainer:
 def _to_input(lr: Tensor) -> Tensor:
     """Return LR as networks and compilers take it on every device: uint16 becomes float32."""
     return unit_range(lr, torch.float32) if lr.dtype == torch.uint16 else lr
+
+
+def averaged_output(
+    criterion: Criterion, ema: ExponentialMovingAverage, lr: Tensor
+) -> Tensor | None:
+    """Return the averaged network's SR of `lr`, in float32, if a loss needs it; otherwise None."""
+    if not criterion.uses_averaged:
+        return None
+    with torch.no_grad():
+        return ema.network(lr)
 
 
 def indifferent_loss(trainer: ReconstructionTrainer | AdversarialTrainer) -> float | None:

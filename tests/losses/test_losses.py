@@ -70,7 +70,7 @@ def test_every_cheap_loss_reaches_all_pixels_at_float32() -> None:
     hr = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     for name in set(LOSSES) - NEED_FILES:
         sr = torch.rand(2, 3, 24, 24, dtype=torch.bfloat16, requires_grad=True)
-        loss = Criterion({name: 0.5})(sr, hr)[name]
+        loss = Criterion({name: 0.5})(sr, hr, torch.rand(2, 3, 24, 24))[name]
         assert (loss.dtype, loss.shape) == (torch.float32, ())
         loss.backward()
         assert torch.isfinite(sr.grad).all()

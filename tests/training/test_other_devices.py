@@ -139,7 +139,7 @@ def trunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_loss(name: str, trunks: None) -> None:
     criterion = Criterion({name: 1.0}, META)
     sr = torch.empty(2, 3, 64, 64, device=META, requires_grad=True)
-    loss = criterion(sr, pixels(64))[name]
+    loss = criterion(sr, pixels(64), pixels(64))[name]
     assert (loss.device, loss.dtype, loss.shape) == (META, torch.float32, ())
     loss.backward()
     assert sr.grad.device == META

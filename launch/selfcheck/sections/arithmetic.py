@@ -20,7 +20,19 @@ NETWORKS: dict[str, dict[str, int]] = {
     "rrdbnet": {"num_features": 16, "num_grow_ch": 8, "num_blocks": 1},
     "compact": {"num_features": 16, "num_conv": 4},
 }
-LOSSES = ("l1", "mse", "charbonnier", "ms_ssim", "fft", "tv")
+LOSSES = (
+    "l1",
+    "mse",
+    "charbonnier",
+    "ms_ssim",
+    "fft",
+    "focal_frequency",
+    "sobel",
+    "oklab_chroma",
+    "luma",
+    "ldl",
+    "tv",
+)
 EXACT, HALF_PSNR, GRADIENT_COSINE = 1e-4, 45.0, 0.98
 SIDE = 48
 
@@ -134,15 +146,17 @@ def _losses(report: Report) -> None:
     from pipeline.losses import Criterion
 
     hr = torch.rand(2, 3, 192, 192)
-    sr = (hr + 0.1 * torch.randn_like(hr)).clamp(0, 1)
+    sr, averaged = ((hr + 0.1 * torch.randn_like(hr)).clamp(0, 1) for _ in range(2))
     for name in LOSSES:
         with report.guarded(f"loss.{name}"):
             own = sr.clone().to(report.device).requires_grad_()
-            value = Criterion({name: 1.0}, report.device)(own, hr.to(report.device))[name]
+            criterion = Criterion({name: 1.0}, report.device)
+            value = criterion(own, hr.to(report.device), averaged.to(report.device))[name]
             value.backward()
             loss = TABLE[name]() if inspect.isclass(TABLE[name]) else TABLE[name]
             exactly = sr.double().requires_grad_()
-            wanted = loss(exactly, hr.double())
+            more = (averaged.double(),) if criterion.uses_averaged else ()
+            wanted = loss(exactly, hr.double(), *more)
             wanted.backward()
             error = (own.grad.double().cpu() - exactly.grad).norm() / exactly.grad.norm()
             error = max(float(error), abs(float(value) - float(wanted)) / abs(float(wanted)))
