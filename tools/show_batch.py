@@ -27,6 +27,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli import RunError, UserError, run
+from pipeline.config.recipe import Recipe
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import chain, host
 from pipeline.data.degradations.base import Degradation, Parameters
@@ -75,6 +76,10 @@ class DrawnPair(NamedTuple):
     lr: np.ndarray
     region: np.ndarray | None = None
     """The part of the photograph that a chain has degraded, which includes the HR crop."""
+    mix: Mapping[str, Any] | None = None
+    """How `hr` and `lr` were mixed with the partner's: the fields of `mixing.Mix`."""
+    unmixed: tuple[np.ndarray, np.ndarray] | None = None
+    """HR and LR before that."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def main(options: Options) -> int:
         ) from error
     if options.json:
         for pair in pairs:
-            print(json.dumps(pair.sample.as_dict()))
+            print(json.dumps(pair.sample.as_dict() | ({"mix": pair.mix} if pair.mix else {})))
     print(
         f"written to {out}: {_sample_range(numbers)}; an epoch has {plan.epoch_length}",
         file=sys.stderr if options.json else sys.stdout,
@@ -348,7 +353,9 @@ def make_pairs(
     chains have their `region`. Raises `UserError` for a file that cannot be trained on, unless the
     recipe skips such files in training.
     """
-    recipe = plan.recipe
+    recipe, wanted = plan.recipe, numbers
+    if recipe.data.mixing.has_partners:
+        numbers = sorted({number ^ own for number in wanted for own in (0, 1)})
     source = ChosenSource.of_dataset(
         plan.dataset,
         recipe.data,
@@ -374,9 +381,7 @@ def make_pairs(
         with quiet_libraries(), progress(len(numbers), "sample") as bar:
             for place, *outputs in batches(source, 0, device_id=None, threads=threads, prefetch=1):
                 (sample,) = source.samples(numbers[place], 1)
-                hr, lr = (
-                    to_8_bits(np.array(output.at(0)).transpose(1, 2, 0)) for output in outputs
-                )
+                hr, lr = (np.array(output.at(0)).transpose(1, 2, 0) for output in outputs)
                 region = regions.pop() if regions else None
                 pairs.append(DrawnPair(sample, names[sample.path], hr, lr, region))
                 bar.update()
@@ -389,7 +394,39 @@ def make_pairs(
         source.close()
     if note := source.profile_note():
         print(f"note: {note}", file=sys.stderr)
-    return pairs
+    if recipe.data.mixing.probability:
+        found = {pair.sample.number: pair for pair in pairs}
+        pairs = [_mixed(number, found, recipe) for number in wanted]
+    return [
+        pair._replace(
+            hr=to_8_bits(pair.hr),
+            lr=to_8_bits(pair.lr),
+            unmixed=pair.unmixed and tuple(map(to_8_bits, pair.unmixed)),
+        )
+        for pair in pairs
+    ]
+
+
+def _mixed(number: int, pairs: Mapping[int, DrawnPair], recipe: Recipe) -> DrawnPair:
+    """Return the pair of sample `number`, mixed as in training; `pairs` has its partner too."""
+    import torch
+
+    from pipeline.data import mixing
+    from pipeline.images import to_tensor
+
+    own, spec = pairs[number], recipe.data.mixing
+    low = recipe.data.crop // recipe.scale
+    (drawn,) = mixing.draw(spec, recipe.seed, number, 1, low)
+    if drawn is None:
+        return own
+    first = number - number % 2
+    both = [pairs.get(of, own) for of in (first, mixing.partner(first))]
+    lr, hr = (torch.cat([to_tensor(getattr(of, side)) for of in both]) for side in ("lr", "hr"))
+    mixes = [drawn if of == number else None for of in (first, mixing.partner(first))]
+    lr, hr = (
+        side[number % 2].permute(1, 2, 0).contiguous().numpy() for side in mixing.mix(lr, hr, mixes)
+    )
+    return own._replace(hr=hr, lr=lr, mix=drawn._asdict(), unmixed=(own.hr, own.lr))
 
 
 def _keep_regions(degradation: Degradation, regions: list[np.ndarray]) -> None:
@@ -456,6 +493,7 @@ def step_sheet(
     width = max(side, MIN_STEP_WIDTH)
     rows: list[tuple[list[str], list[tuple[np.ndarray, list[str]]]]] = []
     most = max(2, *(len(pair.sample.degradation.get("steps", ())) + 2 for pair in pairs))
+    most += 2 * any(pair.mix is not None for pair in pairs)
     columns = min(most, max(2, round(math.sqrt(ASPECT * most * (side + 3 * LINE) / (width + GAP)))))
     total = columns * (width + GAP) - GAP
     for pair in pairs:
@@ -491,7 +529,8 @@ def step_sheet(
 def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
     """Return (caption, uint8 RGB of `side` x `side`) of HR, of every step's result, and of LR."""
     sample, steps = pair.sample, pair.sample.degradation.get("steps", ())
-    panels = [("HR", _blocks(pair.hr, (0, 0), (1, 1), side))]
+    hr, lr = pair.unmixed or (pair.hr, pair.lr)
+    panels = [("HR", _blocks(hr, (0, 0), (1, 1), side))]
     if pair.region is not None:
         region, workspace = pair.region.shape[:2], host.Workspace()
         crop = len(pair.hr)
@@ -506,8 +545,14 @@ def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
             part = _blocks(host.rounded(image, host.Workspace()), corner, extent, side)
             panels.append((f"{number}: {step_words(drawn)}", part))
     noise = f", noise sigma {sample.noise_sigma:.2f}" if sample.noise_sigma else ""
-    height, width = pair.lr.shape[:2]
-    return [*panels, (f"LR, {height}x{width}{noise}", _blocks(pair.lr, (0, 0), (1, 1), side))]
+    height, width = lr.shape[:2]
+    panels.append((f"LR, {height}x{width}{noise}", _blocks(lr, (0, 0), (1, 1), side)))
+    if pair.mix:
+        panels += [
+            (f"mixed {name}", _blocks(image, (0, 0), (1, 1), side))
+            for name, image in (("HR", pair.hr), ("LR", pair.lr))
+        ]
+    return panels
 
 
 def _blocks(
@@ -602,7 +647,19 @@ def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
         lines.append(f"{degradation.name} to 1/{scale}{numbers}")
     if sample.noise_sigma:
         lines.append(f"noise on LR: sigma {sample.noise_sigma:.2f}")
+    if pair.mix:
+        lines.append(_mix_words(sample.number, pair.mix))
     return lines + [f"replaces {_ascii(skip.path)}: {skip.reason}" for skip in sample.skipped]
+
+
+def _mix_words(number: int, drawn: Mapping[str, Any]) -> str:
+    side, top, left = (drawn[name] for name in ("side", "top", "left"))
+    box = f"{side}x{side} LR pixels at row {top}, column {left}"
+    if drawn["kind"] == "cutblur":
+        return f"cutblur: HR {'inside' if drawn['is_inside'] else 'outside'} {box}"
+    if drawn["kind"] == "mixup":
+        return f"mixup: {drawn['share']:.0%} of sample {number ^ 1}"
+    return f"{drawn['kind']}: sample {number ^ 1} in {box}"
 
 
 def step_words(drawn: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import RunError
+from pipeline.data import mixing
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Skip
 
@@ -136,6 +137,8 @@ class Loader:
                 # A copy: DALI reuses its own buffers for later batches while this one waits in the
                 # queue.
                 hr, lr = (to_torch(output.as_tensor(), self.device, stream) for output in outputs)
+                with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                    lr, hr = mixed(self.source, made, lr, hr)
                 # The copies are only queued. The training stream waits for this event on the
                 # device; no thread of the host waits for it.
                 copied = stream.record_event() if stream is not None else None
@@ -175,6 +178,15 @@ class Loader:
                 return
             except queue.Full:
                 continue
+
+
+def mixed(source: CropSource, index: int, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pixels of micro-batch `index` with its samples mixed as the recipe asks for."""
+    spec = source.spec.mixing
+    if not spec.probability:
+        return lr, hr
+    first, seed = source.first_sample(index), source.sampler.seed
+    return mixing.mix(lr, hr, mixing.draw(spec, seed, first, len(hr), lr.shape[-1]))
 
 
 def hand_over(batch: Batch, copied: Any) -> None:

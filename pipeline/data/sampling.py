@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 ORDER, DRAWS, FOLDER_ORDER, REPLACEMENT, DEGRADATION = 1, 2, 3, 4, 5  # streams of the seed
 VALIDATION = 6  # stream for degradations of whole validation images, by their position in the list
 FILES = 7  # stream for degradations that are written to files, by a hash of the file's name
+MIXING = 8  # stream for how samples are mixed with each other
 WORDS = 4  # random words per sample: Philox makes four per counter
 
 Words = NDArray[np.uint64]

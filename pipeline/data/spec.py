@@ -6,7 +6,7 @@ Imports neither torch nor DALI.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -17,7 +17,7 @@ from pipeline.data.degradations.bicubic import BicubicSpec
 from pipeline.data.degradations.chain import GROUPS
 from pipeline.data.degradations.steps import STEPS
 from pipeline.installation import recipe_names
-from pipeline.spec import Factor, Probability, Spec
+from pipeline.spec import Factor, Number, Probability, Range, Spec, within
 
 AnyDegradation = Union[tuple(kind.Spec for kind in KINDS)]  # type: ignore[valid-type]  # noqa: UP007
 PER_FOLDER = "per_folder"
@@ -87,6 +87,44 @@ def _threads(value: Any) -> Any:
     return value
 
 
+MixName = Literal["mixup", "cutmix", "resizemix", "cutblur"]
+MIXES = get_args(MixName)
+
+
+class MixingSpec(Spec):
+    """Samples that are mixed with their partner, see `pipeline/data/mixing.py`."""
+
+    probability: Probability = Field(0.0, description="probability that a sample is mixed")
+    kinds: dict[MixName, Annotated[Number, Field(gt=0)]] = Field(
+        dict.fromkeys(MIXES, 1.0),
+        min_length=1,
+        description="kind -> how often it is chosen relative to the others",
+    )
+    share: Annotated[Range, within(0, 1)] = Field(
+        (0.0, 0.5), description="mixup: range of the partner's share of each value, uniform"
+    )
+    side: Annotated[Range, within(0, 1)] = Field(
+        (0.2, 0.7),
+        description="other kinds: range of the box's side as a share of the crop's, uniform",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_kinds(cls, value: Any) -> Any:
+        # `kinds: cutblur` and `kinds: [mixup, cutmix]` are all equally often.
+        kinds = value.get("kinds") if isinstance(value, dict) else None
+        if isinstance(kinds, str):
+            kinds = [kinds]
+        if isinstance(kinds, list | tuple) and all(isinstance(kind, str) for kind in kinds):
+            return {**value, "kinds": dict.fromkeys(kinds, 1.0)}
+        return value
+
+    @property
+    def has_partners(self) -> bool:
+        """Whether some samples are mixed with another one."""
+        return self.probability > 0 and any(kind != "cutblur" for kind in self.kinds)
+
+
 class DataSpec(Spec):
     """How samples are made from the dataset."""
 
@@ -123,6 +161,7 @@ class DataSpec(Spec):
         description="sharpen HR before LR is made, as published for Real-ESRGAN (unsharp mask of "
         "sigma 8, weight 0.5, threshold 10); images for validation are not sharpened",
     )
+    mixing: MixingSpec = MixingSpec()
     cache_gb: float = Field(
         0,
         ge=0,
@@ -145,6 +184,21 @@ class DataSpec(Spec):
         f"cores, at most {MAX_AUTOMATIC_THREADS}",
     )
     prefetch: int = Field(3, ge=1, le=16, description="number of batches prepared in advance")
+
+    @model_validator(mode="after")
+    def _blurs(self) -> DataSpec:
+        makes_bicubic = all(of.name == "bicubic" for of in self.degradation.by_folder)
+        if (
+            self.mixing.probability
+            and "cutblur" in self.mixing.kinds
+            and makes_bicubic
+            and not self.lr_noise.probability
+        ):
+            raise ValueError(
+                "mixing by cutblur would change nothing, because it replaces parts of LR by the "
+                "bicubic of HR, which LR is already; set mixing.kinds=[mixup, cutmix, resizemix]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _makes_lr(self) -> DataSpec:

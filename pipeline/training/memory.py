@@ -99,7 +99,7 @@ def fit_to_memory(plan: TrainPlan, ranks: Ranks) -> TrainPlan:
     if most is None or micro <= most:
         return plan
     share = plan.ds_config["train_batch_size"] // ranks.world_size
-    return _with_micro_batch(plan, max(n for n in range(1, most + 1) if share % n == 0), ranks)
+    return _with_micro_batch(plan, max(_micro_batches(plan, share, most), default=micro), ranks)
 
 
 def split_further(
@@ -108,15 +108,15 @@ def split_further(
     """Return `plan` with smaller micro-batches and more accumulation, and record them in its run.
 
     The samples and the number of updates stay the same, and sums are rounded differently. Raises
-    `MemoryShortageError` if a micro-batch is one crop already, if part of the training depends on
-    how the batch is split, or if there are several ranks: the others wait for this one in a
-    collective, so all must be started again.
+    `MemoryShortageError` if a micro-batch cannot be smaller (it is one crop, or a pair of crops
+    that are mixed), if part of the training depends on how the batch is split, or if there are
+    several ranks: the others wait for this one in a collective, so all must be started again.
     """
     micro, accumulation = batch_sizes(plan.ds_config, ranks.world_size)
     share = micro * accumulation
-    if micro == 1:
+    smaller = max(_micro_batches(plan, share, micro - 1), default=0)
+    if not smaller:
         raise error
-    smaller = max(n for n in range(1, micro) if share % n == 0)
     if reason := _batch_dependence(plan):
         raise MemoryShortageError(
             f"{error}. Micro-batches are not made smaller by themselves here, because {reason}: "
@@ -139,6 +139,12 @@ def split_further(
         "but for rounding"
     )
     return _with_micro_batch(plan, smaller, ranks)
+
+
+def _micro_batches(plan: TrainPlan, share: int, most: int) -> list[int]:
+    """Return the sizes up to `most` into which a rank's share of a batch can be divided."""
+    unit = 2 if plan.recipe.data.mixing.has_partners else 1  # pairs stay together
+    return [size for size in range(unit, most + 1, unit) if share % size == 0]
 
 
 def _read_limit(plan: TrainPlan) -> int | None:

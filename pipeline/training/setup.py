@@ -137,7 +137,8 @@ def check_stages(plans: Sequence[TrainPlan], ranks: Ranks) -> None:
 def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
     """Check batches, optimizers, schedules, losses, networks, metric trunks and initial weights."""
     recipe = plan.recipe
-    batch_sizes(plan.ds_config, ranks.world_size)
+    micro_batch, _ = batch_sizes(plan.ds_config, ranks.world_size)
+    _refuse_odd_batch(recipe, micro_batch)
     for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
         if "optimizer" in ds_config:
             build_optimizer(ds_config["optimizer"], [nn.Parameter(torch.zeros(1))])
@@ -163,6 +164,15 @@ def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
     validation_measures(recipe)
 
 
+def _refuse_odd_batch(recipe: Recipe, micro_batch: int) -> None:
+    if recipe.data.mixing.has_partners and micro_batch % 2:
+        raise UserError(
+            f"data.mixing mixes the samples of a micro-batch in pairs, but it has {micro_batch}; "
+            "set ds.train_batch_size or ds.gradient_accumulation_steps so that it is even, or "
+            "data.mixing.kinds=cutblur, which needs no second sample"
+        )
+
+
 def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Build the run that `plan` asks for, or restore it from disk; all ranks call it together.
 
@@ -177,6 +187,7 @@ def set_up(plan: TrainPlan, ranks: Ranks, say: Callable[[str], None]) -> Run:
         device=ranks.device,
         runtime=plan.runtime,
     )
+    _refuse_odd_batch(plan.recipe, ds_config["train_micro_batch_size_per_gpu"])
     set_deterministic(plan.recipe.deterministic == "on")
     saved = _find_run(plan, precision, ranks, say)
     trainer, execution = build_networks(plan, ds_config, saved.step, ranks, say)

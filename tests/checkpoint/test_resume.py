@@ -22,6 +22,7 @@ from pipeline.run_folder import checkpoint_dir, checkpoint_steps
 
 FEW_KERNELS = "generator={name: compact, num_features: 8, num_conv: 1}"  # quick to compile
 CHAIN = "data.degradation={name: compressed_video, surroundings: 16}"
+MIXED = ("data.mixing={probability: 0.7, kinds: [mixup, cutmix, resizemix]}", "losses.ldl=1")
 GAN = (
     "adversarial={weight: 0.01, discriminator: {name: vgg, num_features: 4}, labels: {noise: 0.1, "
     "flip: 0.1}, "
@@ -37,10 +38,10 @@ GAN = (
         (2, ()),
         (2, ("native_kernels=on", "generator.global_residual=none")),
         (2, BF16),
-        (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam")),
+        (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam", *MIXED)),
         (2, ("ds.zero_optimization.stage=1", CHAIN)),
         (2, ("ds.zero_optimization.stage=2", *BF16)),
-        (1, GAN),
+        (1, (*GAN, "losses.ldl=1")),
         (2, ("ds.zero_optimization.stage=2", "ds.gradient_accumulation_steps=2", *BF16, *GAN)),
         (2, ("generator={name: srresnet, num_features: 8, num_blocks: 2}", *UNET)),
     ],
@@ -50,10 +51,10 @@ GAN = (
         "fp32-2",
         "native-2",
         "bf16-2",
-        "accumulation",
+        "accumulation-mixing-ldl",
         "zero1-chain-2",
         "zero2-bf16-2",
-        "gan-1",
+        "gan-ldl-1",
         "gan-zero2-bf16-2",
         "batch-norm-unet-2",
     ],

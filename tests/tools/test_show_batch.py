@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset_corpus import assert_user_error, encoded, npy, photograph, run_tool, write_files
@@ -21,6 +22,7 @@ from fabricate import seal
 from pipeline.cli import run as run_command
 from pipeline.config.recipe import write_recipe
 from pipeline.data.image_pixels import read_rgb
+from pipeline.data.loader import Loader
 from pipeline.data.reader import training_pipeline
 from pipeline.data.source import CropSource, Position
 from pipeline.data.spec import DataSpec
@@ -140,6 +142,73 @@ def test_pixels_are_those_of_training(data: Path, overrides: tuple[str, ...]) ->
         np.testing.assert_array_equal(pair.hr, expected[number][0])
         np.testing.assert_array_equal(pair.lr, expected[number][1])
     assert not np.array_equal(expected[0][0], expected[1][0])
+
+
+MIXING = "data.mixing={probability: 0.8, side: [0.3, 0.9]}"
+
+
+def loaded(
+    data: Path, micro_batch: int, batches: int, *overrides: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(HR, LR) of a run's first samples, HWC, from its loader."""
+    plan = make_plan(TrainOptions(overrides, dataset_dir=(data,)))
+    source = CropSource.of_dataset(
+        plan.dataset,
+        plan.recipe.data,
+        scale=plan.recipe.scale,
+        seed=plan.recipe.seed,
+        position=Position(0, 1, micro_batch),
+        degrades_on_host=True,
+    )
+    loader = Loader(source, 0, torch.device("cpu"), threads=1, prefetch=2)
+    try:
+        made = [next(loader) for _ in range(batches)]
+    finally:
+        loader.close()
+    return [
+        (hr.permute(1, 2, 0).numpy(), lr.permute(1, 2, 0).numpy())
+        for batch in made
+        for hr, lr in zip(batch.hr, batch.lr, strict=True)
+    ]
+
+
+def test_mixed_pixels_are_those_of_training(data: Path) -> None:
+    overrides = (*DEGRADED, MIXING)
+    expected, unmixed = loaded(data, 4, 4, *overrides), loaded(data, 4, 4, *DEGRADED)
+    numbers = [13, 0, 1, 2, 7, 8, 13, 15]
+    pairs = pairs_of(data, numbers, *overrides)
+    kinds = set()
+    for number, pair in zip(numbers, pairs, strict=True):
+        assert pair.sample.number == number
+        np.testing.assert_array_equal(pair.hr, expected[number][0])
+        np.testing.assert_array_equal(pair.lr, expected[number][1])
+        plain = pair.unmixed or (pair.hr, pair.lr)
+        np.testing.assert_array_equal(plain[0], unmixed[number][0])
+        np.testing.assert_array_equal(plain[1], unmixed[number][1])
+        words = describe(pair, plan_data(data), 2)[-1]
+        if pair.mix:
+            kinds.add(pair.mix["kind"])
+            assert words.startswith(f"{pair.mix['kind']}: ")
+            assert (f"sample {number ^ 1}" in words) == (pair.mix["kind"] != "cutblur")
+    assert len(kinds) > 1
+    done = show(data, "--count", 6, "--json", *overrides)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    drawn = {pair.sample.number: pair.mix for pair in pairs}
+    assert [record["number"] for record in records] == list(range(6))
+    assert all(drawn[number] == records[number].get("mix") for number in (0, 1, 2))
+
+
+def test_single_steps_end_with_the_mixed_sample(data: Path) -> None:
+    overrides = (*CHAIN, MIXING.replace("0.8", "1"))
+    plan = make_plan(TrainOptions(overrides, dataset_dir=(data,)))
+    (pair,) = make_pairs(plan, [5], keeps_regions=True)
+    *_, (_, lr), (last_hr, mixed_hr), (last_lr, mixed_lr) = panels_of(pair, CROP)
+    assert (last_hr, last_lr) == ("mixed HR", "mixed LR")
+    np.testing.assert_array_equal(mixed_hr, pair.hr)
+    np.testing.assert_array_equal(mixed_lr, pair.lr.repeat(2, 0).repeat(2, 1))
+    assert not np.array_equal(mixed_lr, lr)
+    assert show(data, "--sample", 5, *overrides).returncode == 0
 
 
 def test_sheet_holds_every_pair_in_blocks(data: Path) -> None:

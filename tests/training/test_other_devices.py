@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.config.specs import AdversarialSpec
 from pipeline.data.loader import Batch
+from pipeline.data.mixing import Mix, mix
+from pipeline.data.spec import MIXES
 from pipeline.distributed.ranks import Ranks
 from pipeline.losses import LOSSES, Criterion
 from pipeline.losses.adversarial import ADVERSARIAL_LOSSES
@@ -143,6 +145,14 @@ def test_every_loss(name: str, trunks: None) -> None:
     assert (loss.device, loss.dtype, loss.shape) == (META, torch.float32, ())
     loss.backward()
     assert sr.grad.device == META
+
+
+@pytest.mark.parametrize("kind", MIXES)
+def test_mixing(kind: str) -> None:
+    lr, hr = pixels(16), pixels(32)
+    mixes = [Mix(kind, 0.3, 2, 3, 8, True), Mix(kind, 0.3, 2, 3, 8, False)]
+    for mixed, side in zip(mix(lr, hr, mixes), (lr, hr), strict=True):
+        assert (mixed.device, mixed.dtype, mixed.shape) == (META, torch.uint8, side.shape)
 
 
 def test_perceptual_metrics(trunks: None) -> None:

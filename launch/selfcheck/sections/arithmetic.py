@@ -51,6 +51,8 @@ def run(report: Report) -> None:
         _metrics(report)
     with report.guarded("rounding"):
         _rounding(report)
+    with report.guarded("mixing"):
+        _mixing(report)
     if report.is_on_gpu:
         with report.guarded("tf32"):
             _tf32(report)
@@ -191,6 +193,33 @@ def _rounding(report: Report) -> None:
         to_bytes(unit_range(levels.to(report.device), torch.float32)).cpu(), levels
     )
     report.fact("rounding", same, note="floats to bytes, identical to the CPU's")
+
+
+def _mixing(report: Report) -> None:
+    """Check that mixed samples have the CPU's pixels, up to rounding, without a wait for them."""
+    import torch
+
+    from pipeline.data import mixing
+    from pipeline.data.spec import MixingSpec
+
+    mixes = mixing.draw(MixingSpec(probability=0.9), 0, 0, 32, SIDE)
+    error = 0
+    for dtype, white in ((torch.uint8, 256), (torch.uint16, 65536)):
+        lr, hr = (
+            torch.randint(0, white, (32, 3, side, side), dtype=torch.int32).to(dtype)
+            for side in (SIDE, 2 * SIDE)
+        )
+        sides = [side.to(report.device) for side in (lr, hr)]
+        if report.is_on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = mixing.mix(*sides, mixes)
+        finally:
+            if report.is_on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+        for one, other in zip(found, mixing.mix(lr, hr, mixes), strict=True):
+            error = max(error, int((one.cpu().int() - other.int()).abs().max()))
+    report.at_most("mixing", error, 1, note="levels of 8 and of 16 bits, from the CPU's")
 
 
 def _tf32(report: Report) -> None:
