@@ -25,7 +25,7 @@ from pipeline.data.degradations.steps import STEPS
 from pipeline.data.degradations.steps.base import NUMBERS, Canvas, Draws
 from pipeline.files import write_atomically
 from pipeline.libraries import cv2
-from tools.show_batch import step_words
+from tools.show_batch import blocks, step_words
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "degradations"
 MAX_BYTES = 60_000
@@ -217,9 +217,7 @@ def picture(name: str) -> Image.Image:
 def cut(image: np.ndarray) -> np.ndarray:
     """Return the part without its margins, enlarged to blocks: (FACTOR * SIDE) x as much."""
     length = SIDE + 2 * MARGIN
-    places = (MARGIN + (np.arange(FACTOR * SIDE) + 0.5) / FACTOR) / length
-    rows, columns = ((places * side).astype(np.intp) for side in image.shape[:2])
-    return image[rows[:, None], columns]
+    return blocks(image, [MARGIN / length] * 2, [SIDE / length] * 2, FACTOR * SIDE)
 
 
 def caption(section: Section, drawn: Mapping[str, Any]) -> str:

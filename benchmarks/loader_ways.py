@@ -15,19 +15,17 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pydantic import TypeAdapter
 
-from pipeline.config.recipe import PRESETS, degradation_of
+from pipeline.config.recipe import degradation_of, degradation_spec
 from pipeline.data.degradations import build_degradation, host
 from pipeline.data.degradations.base import KEYS, Degradation
 from pipeline.data.image_access import Part
 from pipeline.data.reader import training_pipeline, turned_crops
 from pipeline.data.sampling import Sampler
 from pipeline.data.source import CropSource, Position
-from pipeline.data.spec import AnyDegradation, DataSpec
+from pipeline.data.spec import PRESETS, DataSpec
 from pipeline.installation import recipe_names
 
-AnyDegradationSpec: TypeAdapter[Any] = TypeAdapter(AnyDegradation)
 PREFETCH = 3  # batches made in advance, where that is configurable
 
 Batch = Sequence[Any]
@@ -332,8 +330,7 @@ class WrittenImages(PairedImages):
 
     def __init__(self, setting: Setting, preset: str) -> None:
         super().__init__(setting)
-        spec = AnyDegradationSpec.validate_python(degradation_of(preset))
-        self.degradation = build_degradation(spec, setting.scale)
+        self.degradation = build_degradation(degradation_spec(preset, preset), setting.scale)
         self.written = setting.folder / f"written_{preset}"
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,11 +29,11 @@ import tyro
 from pipeline.cli import RunError, UserError, counted, run
 from pipeline.data.image_files import MANIFEST, BadNpyError, read_file_list
 from pipeline.data.image_headers import BadImageError
-from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
+from pipeline.data.image_pixels import prepare_decoders
 from pipeline.files import write_atomically
 from pipeline.libraries import cv2
-from tools.files import printable, walk
-from tools.images import decode_file
+from tools.files import printable, sampled, walk
+from tools.images import check_max_megapixels, decode_file
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 CHANNELS = ("red", "green", "blue")
@@ -79,11 +78,7 @@ def main(options: Options) -> int:
     Returns 0 if all images were read, 1 if some could not be read.
     """
     root, names = _images(options)
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(
-            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
-            f"{MAX_MEGAPIXELS}"
-        )
+    check_max_megapixels(options.max_megapixels)
     prepare_decoders()
     started = time.monotonic()
     analysis, failed = Analysis(), 0
@@ -135,15 +130,7 @@ def _images(options: Options) -> tuple[Path, list[str]]:
             raise UserError(
                 f"{root}: no images below this folder{files.links_note()}; give another --data-dir"
             )
-    if options.sample is not None:
-        if options.sample < 1:
-            raise UserError(
-                f"--sample {options.sample}: must be at least 1; omit it for all images"
-            )
-        if options.sample < len(names):
-            print(f"a sample of {options.sample} of {len(names)} images (seed {options.seed})")
-            names = sorted(random.Random(options.seed).sample(names, options.sample))
-    return root, names
+    return root, sampled(names, options.sample, options.seed)
 
 
 def count_levels(root: Path, name: str, max_megapixels: float) -> ImageCounts:

@@ -7,7 +7,6 @@ the images (manifests, settings, file lists) with the new names and sizes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -40,13 +39,13 @@ from pipeline.data.image_files import (
     write_file_list,
 )
 from pipeline.data.image_headers import BadImageError, unread_note
-from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
+from pipeline.data.image_pixels import prepare_decoders
 from pipeline.files import flush, parse_json, write_atomically
 from tools.crops.cutting import REJECTS, SETTINGS
 from tools.crops.dataset import refuse_nested
 from tools.crops.manifest import CropRecord, ManifestIndex, format_line, iterate_lines
-from tools.files import IMAGES, Files, printable, scan, walk
-from tools.images import decode, decode_file, is_stored_as, parallel_encoder
+from tools.files import IMAGES, Files, lock_output, printable, scan, walk
+from tools.images import check_max_megapixels, decode, decode_file, is_stored_as, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 PLACES = ("photos", "lr", "videos")
@@ -142,11 +141,7 @@ def main(options: Options) -> int:
 
 def _check_options(options: Options, source: Path, out: Path) -> None:
     """Raise `UserError` for options that cannot work, before anything is written."""
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(
-            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
-            f"{MAX_MEGAPIXELS}"
-        )
+    check_max_megapixels(options.max_megapixels)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; give the folder of a dataset")
     refuse_nested(
@@ -197,12 +192,7 @@ def _claimed(out: Path, source: Path, options: Options) -> Iterator[bool]:
             f"{out}: cannot be written: {error.strerror}; choose another OUT"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{out}: another convert_dataset.py is writing there; wait for it or stop it"
-            ) from None
+        lock_output(file, out, "convert_dataset")
         file.seek(0)
         lines = file.read().splitlines()
         if lines and lines[0] != claim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ import numpy as np
 import tyro
 
 from pipeline.cli import UserError, counted, run
-from pipeline.config.recipe import PRESETS, load_recipe, recipe_of
+from pipeline.config.recipe import degradation_spec, load_recipe
 from pipeline.data.degradations import KINDS, build_degradation
 from pipeline.data.degradations.base import KEYS, WORDS, Degradation, Parameters
 from pipeline.data.degradations.host import Workspace, in_depth, levels_of
@@ -35,11 +34,12 @@ from pipeline.data.image_files import MANIFEST, BadFileError, BadNpyError, is_en
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, unread_note
 from pipeline.data.image_pixels import prepare_decoders
 from pipeline.data.sampling import FILES, random_words, uniforms
+from pipeline.data.spec import PRESETS
 from pipeline.files import VIDEO_SUFFIXES, AppendFile, parse_json, write_atomically
 from pipeline.installation import find_file, recipe_names
 from pipeline.libraries import cv2
 from tools.crops.dataset import refuse_nested
-from tools.files import IMAGES, EntryKind, links_note, printable, scan
+from tools.files import IMAGES, EntryKind, links_note, lock_output, printable, scan
 from tools.images import decode_file, parallel_encoder
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
@@ -91,7 +91,7 @@ class Options:
 
 
 class Settings(NamedTuple):
-    """What determines the LR images, except the sources."""
+    """Everything that determines the LR images, except the source images."""
 
     degradation: Degradation
     name: str  # for the records and messages
@@ -186,7 +186,7 @@ def _settings(options: Options) -> Settings:
     if options.recipe is not None:
         recipe = load_recipe(options.recipe)
         scale = recipe.scale if options.scale is None else options.scale
-        where, given = f"--recipe {options.recipe}", recipe.data.degradation.model_dump()
+        where, given = f"--recipe {options.recipe}", recipe.data.degradation
         ignored = [
             name
             for name, is_set in (
@@ -211,16 +211,7 @@ def _settings(options: Options) -> Settings:
         scale, where, given = options.scale, f"--degradation {options.degradation}", None
     if not 1 <= scale <= 8:
         raise UserError(f"--scale {scale}: must be 1 to 8")
-    degradations = recipe_of(
-        {
-            "name": "degrade",
-            "scale": scale,
-            "steps": 1,
-            "generator": {"name": "compact"},
-            "data": {"crop": 8 * scale, "degradation": given or options.degradation},
-        },
-        where,
-    ).data.degradation.by_folder
+    degradations = (given or degradation_spec(options.degradation, where)).by_folder
     if len(degradations) > 1:
         raise UserError(
             f"{where} has {len(degradations)} degradations, one per dataset folder; choose one "
@@ -244,7 +235,7 @@ def _settings(options: Options) -> Settings:
 
 def listing() -> list[str]:
     """Return a line for each degradation: its name and a description."""
-    told = {
+    descriptions = {
         kind.Spec.model_fields["name"].default: (kind.Spec.__doc__ or "").splitlines()[0]
         for kind in KINDS
         if not kind.Spec.reads_lr and "steps" not in kind.Spec.model_fields
@@ -253,9 +244,9 @@ def listing() -> list[str]:
         text = find_file(f"{PRESETS}/{name}.yaml").read_text(encoding="utf-8")
         lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
         comment = " ".join(line.strip("# ") for line in lines).partition(". ")[0]
-        told[name] = comment or "a chain of steps"
-    width = max(map(len, told))
-    return [f"{name:<{width}}  {text}" for name, text in told.items()]
+        descriptions[name] = comment or "a chain of steps"
+    width = max(map(len, descriptions))
+    return [f"{name:<{width}}  {text}" for name, text in descriptions.items()]
 
 
 _NESTED = (
@@ -370,12 +361,7 @@ def _opened(out: Path, settings: Settings) -> Iterator[Records]:
             f"{out}: cannot be written: {error.strerror}; choose another OUT"
         ) from error
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{out}: another degrade.py is writing there; wait for it or stop it"
-            ) from None
+        lock_output(folder, out, "degrade")
         if not (out / RECORDS).exists():
             if any(out.iterdir()):
                 raise UserError(

@@ -7,8 +7,6 @@ percentiles over all images (`tools.estimation.preset`).
 from __future__ import annotations
 
 import json
-import os
-import random
 import sys
 import time
 from collections import defaultdict
@@ -33,21 +31,17 @@ from pipeline.data.image_headers import (
     FORMATS,
     BadImageError,
     ImageHeader,
-    check_file_size,
-    read_header,
     unread_note,
 )
 from pipeline.data.image_pixels import (
-    MAX_MEGAPIXELS,
-    check_megapixels,
     decode_rgb,
     prepare_decoders,
 )
-from pipeline.files import open_regular_file, write_atomically
+from pipeline.files import write_atomically
 from tools.estimation.measurement import Measurement, measure
 from tools.estimation.preset import MARK, Spread, Summary, document, summary
-from tools.files import printable, walk
-from tools.images import decode_file
+from tools.files import printable, sampled, walk
+from tools.images import check_max_megapixels, decode_file, read_image_file
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 
 NUM_SHOWN = 20
@@ -88,11 +82,7 @@ def main(options: Options) -> int:
 
     Returns 0 if all images were measured, 1 if some could not be.
     """
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(
-            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
-            f"{MAX_MEGAPIXELS}"
-        )
+    check_max_megapixels(options.max_megapixels)
     root = options.lr_dir.expanduser()
     names = _names(root, options)
     threads = thread_count(options.threads)
@@ -151,15 +141,7 @@ def _names(root: Path, options: Options) -> list[str]:
         )
     if note := unread_note(files.unread):
         print(note)
-    if options.sample is not None:
-        if options.sample < 1:
-            raise UserError(
-                f"--sample {options.sample}: must be at least 1; omit it for all images"
-            )
-        if options.sample < len(names):
-            print(f"a sample of {options.sample} of {len(names)} images (seed {options.seed})")
-            names = sorted(random.Random(options.seed).sample(names, options.sample))
-    return names
+    return sampled(names, options.sample, options.seed)
 
 
 def _check_target(flag: str, path: Path) -> None:
@@ -194,12 +176,7 @@ def measure_file(root: Path, name: str, max_megapixels: float) -> Measurement | 
             pixels = decode_file(root / name, max_megapixels=max_megapixels)
             header, data = ImageHeader("npy", *pixels.shape[:2]), b""
         else:
-            with open_regular_file(root / name) as file:
-                header = read_header(file)
-                check_megapixels(header, max_megapixels)
-                check_file_size(header, os.fstat(file.fileno()).st_size)
-                file.seek(0)
-                data = file.read()
+            header, data = read_image_file(root / name, max_megapixels)
             pixels = decode_rgb(data, header)
         return measure(name, pixels, header, data)
     except (BadImageError, BadNpyError) as error:

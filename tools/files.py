@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import fcntl
 import os
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 from pipeline.cli import UserError
 from pipeline.data.image_files import QUARANTINE, is_encoded, is_npy
@@ -91,6 +94,31 @@ def walk(root: Path, manifest_name: str) -> Files:
     for names in lists.values():
         names.sort()
     return files
+
+
+def sampled(names: list[str], sample: int | None, seed: int) -> list[str]:
+    """Return `sample` of the names, drawn with `seed` and sorted, and say so; None returns all."""
+    if sample is None:
+        return names
+    if sample < 1:
+        raise UserError(f"--sample {sample}: must be at least 1; omit it for all images")
+    if sample >= len(names):
+        return names
+    print(f"a sample of {sample} of {len(names)} images (seed {seed})")
+    return sorted(random.Random(seed).sample(names, sample))
+
+
+def lock_output(file: IO[Any] | int, out: Path, tool: str) -> None:
+    """Lock the output folder `out` by a file (or descriptor) of it, until that is closed.
+
+    Raises `UserError` if another run of `tool` holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{out}: another {tool}.py is writing there; wait for it or stop it"
+        ) from None
 
 
 def scan(root: Path, manifest_name: str) -> Iterator[tuple[EntryKind, str]]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST, QUARANTINE
 from pipeline.data.image_headers import BadImageError
-from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
+from pipeline.data.image_pixels import prepare_decoders
 from tools.crops.cutting import (
     REJECTS,
     SETTINGS,
@@ -40,6 +40,7 @@ from tools.crops.dataset import Clock, CropDataset, Stamp, UnitResult, open_data
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark
 from tools.files import name_fault
+from tools.images import check_max_megapixels
 from tools.parallel import ordered_map, progress, quiet_libraries, thread_count
 from tools.tar.members import Member, Problem, TarReader, check_archive
 from tools.tar.streams import Limits
@@ -120,11 +121,7 @@ def main(options: Options) -> int:
 
 def _limits(options: Options) -> Limits:
     """Limits on what an archive may contain."""
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(
-            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
-            f"{MAX_MEGAPIXELS}"
-        )
+    check_max_megapixels(options.max_megapixels)
     if not 1 <= options.max_member_mb <= 4096:
         raise UserError(
             f"--max-member-mb {options.max_member_mb}: must be 1 to 4096; 256 suits all but giant "

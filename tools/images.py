@@ -19,6 +19,7 @@ import imagecodecs
 import numpy as np
 from PIL import Image
 
+from pipeline.cli import UserError
 from pipeline.data.image_files import BadNpyError, is_npy, load_npy, npy_layout_of
 from pipeline.data.image_headers import (
     BadImageError,
@@ -164,6 +165,30 @@ def _decode_npy(data: bytes) -> np.ndarray:
     return pixels.reshape(layout.height, layout.width, 3).copy()
 
 
+def check_max_megapixels(megapixels: float) -> None:
+    """Raise `UserError` if the option --max-megapixels has an impossible value."""
+    if not 0 < megapixels <= MAX_MEGAPIXELS:
+        raise UserError(
+            f"--max-megapixels {megapixels:g}: must be above 0 and at most {MAX_MEGAPIXELS}"
+        )
+
+
+def read_image_file(
+    path: str | os.PathLike[str], max_megapixels: float
+) -> tuple[ImageHeader, bytes]:
+    """Return the header and the bytes of an encoded image that is not decoded yet.
+
+    Raises `BadImageError` if it is broken or larger than `max_megapixels`, `OSError` if it cannot
+    be read.
+    """
+    with open_regular_file(path) as file:
+        header = read_header(file)
+        check_megapixels(header, max_megapixels)
+        check_file_size(header, os.fstat(file.fileno()).st_size)
+        file.seek(0)
+        return header, file.read()
+
+
 def decode_file(
     path: str | os.PathLike[str],
     *,
@@ -183,12 +208,7 @@ def decode_file(
             raise FileNotFoundError(None, "No such file (a dangling link?)")
         pixels = load_npy(path)
         return pixels if depth is None else in_depth(pixels, depth)
-    with open_regular_file(path) as file:
-        header = read_header(file)
-        check_megapixels(header, max_megapixels)
-        check_file_size(header, os.fstat(file.fileno()).st_size)
-        file.seek(0)
-        data = file.read()
+    header, data = read_image_file(path, max_megapixels)
     reason = inexactness(data, header) if exact else ""
     if reason:
         raise BadImageError(reason)

@@ -20,12 +20,13 @@ import tyro
 from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, unread_note
-from pipeline.data.image_pixels import MAX_MEGAPIXELS, prepare_decoders
+from pipeline.data.image_pixels import prepare_decoders
 from tools.crops.cutting import CropSettings, Reject, Unit, cut_picture, make_folder, open_picture
 from tools.crops.dataset import Clock, Stamp, UnitResult, cut_all, open_dataset, refuse_nested
 from tools.crops.leakage import BenchmarkIndex
 from tools.crops.options import CropOptions, open_benchmark, with_depth
 from tools.files import name_fault, walk
+from tools.images import check_max_megapixels
 from tools.parallel import thread_count
 
 
@@ -63,11 +64,7 @@ def main(options: Options) -> int:
     """
     photos, names, unread = _photographs(options)
     out = options.out.expanduser()
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(
-            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
-            f"{MAX_MEGAPIXELS}"
-        )
+    check_max_megapixels(options.max_megapixels)
     settings, threads = with_depth(options.settings(), options.depth), thread_count(options.threads)
     refuse_nested(options.photos.expanduser(), out)
     prepare_decoders()

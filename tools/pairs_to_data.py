@@ -27,7 +27,6 @@ from pipeline.cli import UserError, run
 from pipeline.data.image_files import MANIFEST
 from pipeline.data.image_headers import FORMAT_TITLES, BadImageError, read_header, unread_note
 from pipeline.data.image_pixels import (
-    MAX_MEGAPIXELS,
     check_megapixels,
     prepare_decoders,
     to_8_bits,
@@ -56,6 +55,7 @@ from tools.crops.options import CropOptions, open_benchmark, with_depth
 from tools.crops.pairs import correlation, has_swapped_colors, shift, tone_fault
 from tools.crops.quality import crop_gates, is_flat, is_soft, picture_gates
 from tools.files import name_fault, printable, walk
+from tools.images import check_max_megapixels
 from tools.parallel import thread_count
 
 
@@ -147,11 +147,7 @@ def _check_options(options: Options) -> None:
         raise UserError(
             f"--min-correlation {options.min_correlation:g}: must be at least -1 and below 1"
         )
-    if not 0 < options.max_megapixels <= MAX_MEGAPIXELS:
-        raise UserError(
-            f"--max-megapixels {options.max_megapixels:g}: must be above 0 and at most "
-            f"{MAX_MEGAPIXELS}"
-        )
+    check_max_megapixels(options.max_megapixels)
 
 
 def _find_pairs(hr: Path, lr: Path, scale: int) -> tuple[list[NamePair], list[str]]:

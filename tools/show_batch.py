@@ -199,7 +199,7 @@ def _title(spec: Any) -> str:
 def _most_steps(spec: DataSpec) -> int:
     """Return the largest number of steps that may be drawn; 0 if no folder has a chain."""
     return max(
-        chain.number_of_items(of) + 1 if isinstance(of, chain.ChainSpec) else 0
+        chain.number_of_items(of.steps) + 1 if isinstance(of, chain.ChainSpec) else 0
         for of in spec.degradation.by_folder
     )
 
@@ -530,7 +530,7 @@ def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
     """Return (caption, uint8 RGB of `side` x `side`) of HR, of every step's result, and of LR."""
     sample, steps = pair.sample, pair.sample.degradation.get("steps", ())
     hr, lr = pair.unmixed or (pair.hr, pair.lr)
-    panels = [("HR", _blocks(hr, (0, 0), (1, 1), side))]
+    panels = [("HR", blocks(hr, (0, 0), (1, 1), side))]
     if pair.region is not None:
         region, workspace = pair.region.shape[:2], host.Workspace()
         crop = len(pair.hr)
@@ -542,20 +542,20 @@ def panels_of(pair: DrawnPair, side: int) -> list[tuple[str, np.ndarray]]:
         image = pair.region.copy()
         for number, drawn in enumerate(steps, 1):
             image = chain.run(image, [drawn], workspace)
-            part = _blocks(host.rounded(image, host.Workspace()), corner, extent, side)
+            part = blocks(host.rounded(image, host.Workspace()), corner, extent, side)
             panels.append((f"{number}: {step_words(drawn)}", part))
     noise = f", noise sigma {sample.noise_sigma:.2f}" if sample.noise_sigma else ""
     height, width = lr.shape[:2]
-    panels.append((f"LR, {height}x{width}{noise}", _blocks(lr, (0, 0), (1, 1), side)))
+    panels.append((f"LR, {height}x{width}{noise}", blocks(lr, (0, 0), (1, 1), side)))
     if pair.mix:
         panels += [
-            (f"mixed {name}", _blocks(image, (0, 0), (1, 1), side))
+            (f"mixed {name}", blocks(image, (0, 0), (1, 1), side))
             for name, image in (("HR", pair.hr), ("LR", pair.lr))
         ]
     return panels
 
 
-def _blocks(
+def blocks(
     image: np.ndarray, corner: Sequence[float], extent: Sequence[float], side: int
 ) -> np.ndarray:
     """Return a part of an image, (side, side, 3), by the nearest pixel.

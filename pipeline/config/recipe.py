@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -28,7 +28,8 @@ from pydantic import (
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
 from pipeline.config.specs import AdversarialSpec, HealingSpec, NetworkSpec, PreviewsSpec
-from pipeline.data.spec import DataSpec
+from pipeline.data.degradations.base import DegradationSpec
+from pipeline.data.spec import PRESETS, DataSpec
 from pipeline.files import read_regular_file, write_atomically
 from pipeline.installation import find_file, recipe_names
 from pipeline.metrics import metric_of
@@ -66,6 +67,7 @@ measured, not what is learnt. Losses count as tables, as in `recipe_differences`
 
 A continued run keeps its kernels whatever `native_kernels` says, unless that is off.
 """
+Model = TypeVar("Model", bound=BaseModel)
 PRESET_NAME = re.compile(r"data\.degradation(\.folders\.\d+)?\.preset")
 """Where the steps of a chain come from, which makes no difference to them."""
 RESERVED_FOLDERS = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
@@ -560,10 +562,6 @@ def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-PRESETS = "recipes/degradations"
-"""Folder of the presets: YAML files with what `data.degradation` may contain."""
-
-
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     """Replace the name of a preset in `data.degradation` by its contents.
 
@@ -614,8 +612,25 @@ def recipe_of(values: dict[str, Any], where: str) -> Recipe:
 
     Raises `UserError` that starts with `where` and lists all faults.
     """
+    return _validated(Recipe, _with_preset(_with_current_keys(values)), where)
+
+
+class _DataAlone(Spec):
+    data: DataSpec
+
+
+def degradation_spec(given: Any, where: str) -> DegradationSpec:
+    """Build a degradation from what `data.degradation` may contain, without a recipe around it.
+
+    Raises `UserError` that starts with `where` and lists all faults.
+    """
+    values = _with_preset({"data": {"degradation": given}})
+    return _validated(_DataAlone, values, where).data.degradation
+
+
+def _validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
     try:
-        return Recipe.model_validate(_with_preset(_with_current_keys(values)))
+        return model.model_validate(values)
     except ValidationError as error:
         faults = error.errors()
         # A list whose items are faulty is also reported as too short.

@@ -112,7 +112,7 @@ class HostDegraded:
         if sample.lr_path is not None and read is not None:
             lr = levels_of(read, workspace)
         else:
-            degradation = source.degradations[sample.folder % len(source.degradations)]
+            degradation = source.degradation_of(sample.folder)
             if degradation.turns_first:
                 if not source.is_split:  # the graph has turned it
                     region = turned(region, *turns)

@@ -20,16 +20,18 @@ import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.decoding import BadFileError, decoding_fault
-from pipeline.data.degradations import build_degradation, kernels
-from pipeline.data.degradations.base import KEYS, WORDS, Degradation, DegradationSpec
-from pipeline.data.degradations.chain import Chain
-from pipeline.data.degradations.host import Workspace, in_depth, levels_of
-from pipeline.data.degradations.steps.sharpen import (
-    HR_AMOUNT,
-    HR_SIGMA,
-    HR_THRESHOLD,
-    by_soft_mask,
+from pipeline.data.degradations import build_degradation
+from pipeline.data.degradations.base import (
+    KEYS,
+    WORDS,
+    Degradation,
+    DegradationSpec,
+    to_levels,
+    to_pixels,
 )
+from pipeline.data.degradations.chain import ChainSpec
+from pipeline.data.degradations.host import Workspace, in_depth, levels_of
+from pipeline.data.degradations.steps.sharpen import sharpened_hr_in_graph
 from pipeline.data.degrading import HostDegraded, turn
 from pipeline.data.image_access import ImageFiles
 from pipeline.data.sampling import VALIDATION, random_words, uniforms
@@ -360,13 +362,8 @@ class _TrainingGraph:
 
     def sharpened(self, image: Any) -> Any:
         """Return a node of HR pixels sharpened as by `steps.sharpen.sharpened_hr`."""
-        from nvidia.dali import fn, types
-
-        line = kernels.gaussian_kernel(51, HR_SIGMA, HR_SIGMA, 0).sum(axis=0)
-        row, column = (self.on_device(types.Constant(one)) for one in (line[None], line[:, None]))
-        levels = levels_of_deep(image) if self.is_deep else fn.cast(image, dtype=types.FLOAT)
-        sharpened = by_soft_mask(levels, row, column, HR_AMOUNT, HR_THRESHOLD)
-        return to_deep(sharpened) if self.is_deep else fn.cast(sharpened, dtype=types.UINT8)
+        sharpened = sharpened_hr_in_graph(to_levels(image, self.is_deep), self.on_device)
+        return to_pixels(sharpened, self.is_deep)
 
     def turned(
         self, image: Any, nodes: dict[str, Any], size: tuple[int, int], start: Any = None
@@ -495,22 +492,8 @@ def made_lr(
     if degradation.is_linear:
         lr = degradation.lr(nodes, region, size, on_device, as_float=as_levels)
         return lr * (1 / 257) if as_levels else lr
-    lr = degradation.lr(nodes, levels_of_deep(region), size, on_device, as_float=True)
-    return lr if as_levels else to_deep(lr)
-
-
-def levels_of_deep(pixels: Any) -> Any:
-    """Return a node of the FP32 levels of uint16 pixels."""
-    from nvidia.dali import fn, types
-
-    return fn.cast(pixels, dtype=types.FLOAT) * (1 / 257)
-
-
-def to_deep(levels: Any) -> Any:
-    """Return a node of uint16 pixels: float levels times 257, rounded and clipped."""
-    from nvidia.dali import fn, types
-
-    return fn.cast(levels * 257.0, dtype=types.UINT16)
+    lr = degradation.lr(nodes, to_levels(region, is_deep), size, on_device, as_float=True)
+    return lr if as_levels else to_pixels(lr, is_deep)
 
 
 def low_resolution(
@@ -526,8 +509,8 @@ def low_resolution(
     words = random_words(seed, VALIDATION, number, 1, WORDS)[0]
     numbers, size = iter(uniforms(words[:-KEYS]).tolist()), pixels.shape[:2]
     is_deep = pixels.dtype == np.uint16
-    degradation = build_degradation(spec, scale)
-    if isinstance(degradation, Chain):  # on every device, so that validation is the same on all
+    if isinstance(spec, ChainSpec):  # on every device, so that validation is the same on all
+        degradation = build_degradation(spec, scale)
         drawn = degradation.draw(numbers, *size)
         keys = words[-KEYS:].tolist()
         workspace = Workspace()

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pipeline.cli import UserError
 from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import build_degradation
-from pipeline.data.degradations.base import KEYS, SHARPENING_REACH, WORDS, LrNoise, Parameters
+from pipeline.data.degradations.base import KEYS, WORDS, Degradation, LrNoise, Parameters
+from pipeline.data.degradations.steps.sharpen import HR_REACH
 from pipeline.data.image_access import NO_PART, ImageCache, ImageFiles, OpenedFile, Part, Region
 from pipeline.data.image_files import BadFileError
 from pipeline.data.sampling import Draws, Sampler, anchor, uniforms
@@ -109,8 +110,8 @@ class CropSource:
         self.sampler, self.spec, self.scale, self.position = sampler, spec, scale, position
         self.excluded = excluded
         self.crop, threads = spec.crop, num_threads(spec.threads)
-        # Bits per value of the pixels that the graph gets. A depth that is still "auto" is 8.
-        self.depth = 16 if spec.depth == 16 else 8
+        # Bits per value of the pixels that the graph gets.
+        self.depth = spec.bits
         self.cache = (
             ImageCache(spec.cache_gb * 2**30, threads, position.micro_batch, self.depth)
             if spec.cache_gb or self.depth == 16
@@ -325,6 +326,10 @@ class CropSource:
             "converted to sRGB (`python tools/check_training_data.py` counts them)"
         )
 
+    def degradation_of(self, folder: int) -> Degradation:
+        """Return the degradation of a dataset folder, given its position among the folders."""
+        return self.degradations[folder % len(self.degradations)]
+
     def close(self) -> None:
         if self.cache:
             self.cache.close()
@@ -379,7 +384,7 @@ class CropSource:
         is_read: bool,
     ) -> tuple[Sample, Part, Part]:
         folder = self.sampler.folder_of(file)
-        degradation = self.degradations[folder % len(self.degradations)]
+        degradation = self.degradation_of(folder)
         hr, lr = self._open_pair(file)
         height, width, scale = (
             hr.height - hr.height % self.scale,
@@ -395,7 +400,7 @@ class CropSource:
         above, before = degradation.place(randoms)
         surroundings = degradation.surroundings
         if self.spec.sharpen_hr:
-            reach = -(-SHARPENING_REACH // scale) * scale
+            reach = -(-HR_REACH // scale) * scale
             above, before = above + reach, before + reach
             surroundings += 2 * reach
         extent = self.crop + surroundings

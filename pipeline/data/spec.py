@@ -21,6 +21,8 @@ from pipeline.spec import Factor, Number, Probability, Range, Spec, within
 
 AnyDegradation = Union[tuple(kind.Spec for kind in KINDS)]  # type: ignore[valid-type]  # noqa: UP007
 PER_FOLDER = "per_folder"
+PRESETS = "recipes/degradations"
+"""Folder of the presets: YAML files with what `data.degradation` may contain."""
 
 
 class BrightnessSpec(Spec):
@@ -49,7 +51,7 @@ def _named(value: Any) -> Any:
                 f"{{name: chain, steps: [{name}]}}"
             )
         if name not in known:
-            known += recipe_names("recipes/degradations")
+            known += recipe_names(PRESETS)
             near = nearest(name, known)
             rest = "" if "choose from" in near else f"; there are {', '.join(known)}"
             raise ValueError(
@@ -184,6 +186,11 @@ class DataSpec(Spec):
         f"cores, at most {MAX_AUTOMATIC_THREADS}",
     )
     prefetch: int = Field(3, ge=1, le=16, description="number of batches prepared in advance")
+
+    @property
+    def bits(self) -> int:
+        """Bits per value, 8 or 16. A depth that is still "auto" is 8, as in earlier versions."""
+        return 16 if self.depth == 16 else 8
 
     @model_validator(mode="after")
     def _blurs(self) -> DataSpec:

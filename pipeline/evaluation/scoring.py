@@ -28,7 +28,7 @@ WHOLE_IMAGE_PIXELS = 1024 * 1024
 """LR pixels upscaled in one piece; larger images are tiled. VapSR then peaks at about 1.5 GB."""
 DRIFTS = ("drift_red", "drift_green", "drift_blue")
 REFERENCES = ("bicubic", "input")
-"""What networks are compared with: bicubic upscaling, and at x1 their input."""
+"""The baseline of every comparison: bicubic upscaling, or at x1 the input itself."""
 BASELINES = ("nearest", *REFERENCES)
 
 

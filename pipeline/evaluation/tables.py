@@ -152,7 +152,7 @@ class SetScores:
 
     @property
     def reference(self) -> str:
-        """What the models are compared with: bicubic, or at x1 the input."""
+        """The name of the baseline: bicubic, or at x1 the input."""
         return self.images[0].reference
 
     def mean(self, method: str) -> dict[str, float]:

@@ -128,9 +128,9 @@ NEED_AUTOCAST = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR
 """Architectures that create masks or positions in float32: in half precision they need autocast."""
 
 TILE_GRIDS = {"GRL": 64, "SCUNet": 64}
-"""Architectures whose attention windows, shrunk levels or stripes repeat only after so many pixels.
+"""Period in pixels of the attention windows, downscaled levels or stripes of an architecture.
 
-All others repeat after 16 pixels at most.
+All others have a period of at most 16.
 """
 HIDDEN_PARAMETERS = {"ATD": ("category_size",)}
 """Parameters that files do not reveal and that affect only large images."""

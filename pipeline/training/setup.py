@@ -537,7 +537,7 @@ def _introduction(
         f"{', '.join(short_path(folder.root) for folder in plan.dataset.folders)}; run folder "
         f"{short_path(plan.run_dir)}",
     ]
-    if depths := plan.dataset.depths.line(16 if recipe.data.depth == 16 else 8):
+    if depths := plan.dataset.depths.line(recipe.data.bits):
         lines.append(depths)
     if recipe.data.depth == 16 and not precision.startswith("FP32"):
         lines.append(

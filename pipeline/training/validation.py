@@ -183,7 +183,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
     `number`, its index in the list, seeds what is random in the LR. Raises `UserError` naming a
     file that cannot be read or is too small; `way_out` replaces the advice.
     """
-    depth = 16 if recipe.data.depth == 16 else 8
+    depth = recipe.data.bits
     pixels, scale = _read(image.path, depth), recipe.scale
     height, width = (side - side % scale for side in pixels.shape[:2])
     if min(height, width) < 16 * scale:
@@ -197,7 +197,7 @@ def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> V
         )
     pixels = np.ascontiguousarray(pixels[:height, :width])
     if image.lr_path is None:
-        degradation = recipe.data.degradation.of_folder(getattr(image, "folder", 0))
+        degradation = recipe.data.degradation.of_folder(image.folder)
         lr = low_resolution(pixels, degradation, scale, seed=recipe.seed, number=number)
     else:
         lr = _read(image.lr_path, depth)

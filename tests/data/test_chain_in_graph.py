@@ -249,7 +249,7 @@ def test_what_a_gpu_made_is_awaited_before_it_is_copied() -> None:
         crop=8,
         scale=1,
         depth=8,
-        degradations=[chain],
+        degradation_of=lambda folder: chain,
         lr_noise=None,
         degraded=lambda index: [(sample, [])],
     )

@@ -555,10 +555,11 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
     """Training crashes, restarts and is preempted; another machine finishes it with the same
     command line."""
     job = CloudJob(tmp_path, f'[ $start = 1 ] && exit 1\nexec "{ROOT}/launch_local_train.sh" "$@"')
-    line, run_dir = ("--recipe", "demo", *SMALL, *SELDOM, "steps=40"), job.runs / "demo"
+    often = ("steps=200", "validate_every=100", "save_every=100")
+    line, run_dir = ("--recipe", "demo", *SMALL, *often), job.runs / "demo"
     process = job.start(*line, DATASET=str(dataset))
     deadline = time.monotonic() + SECONDS
-    while "step 4/40" not in job.output.read_text():
+    while "step 4/200" not in job.output.read_text():
         assert time.monotonic() < deadline, job.output.read_text()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -566,16 +567,16 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
     assert status == 143, printed
     assert "training ended with status 1; restarting in 0 s" in printed
     (step,) = re.findall(r"stopped and saved at step (\d+)", printed)
-    assert checkpoint_steps(run_dir)[-1] == int(step) < 40
+    assert checkpoint_steps(run_dir)[-1] == int(step) < 200
 
     status, printed = job.run(*line, DATASET=str(dataset), machine="machine2")
     assert status == 0, printed
-    assert f"continuing from step {step} of 40" in printed
-    assert "finished at step 40" in printed
+    assert f"continuing from step {step} of 200" in printed
+    assert "finished at step 200" in printed
     steps = checkpoint_steps(run_dir)
     # old checkpoints were removed there, too
     assert steps == checkpoint_steps(tmp_path / "machine2" / "runs" / "demo")
-    assert steps[-1] == 40
+    assert steps[-1] == 200
     assert [damage(checkpoint_dir(run_dir, step)) for step in steps] == [""] * len(steps)
     assert (
         len(
@@ -585,7 +586,7 @@ def test_a_cloud_job_outlives_a_failure_and_its_machine(tmp_path: Path, dataset:
                 if json.loads(line)["event"] == "train"
             }
         )
-        == 40
+        == 200
     )
 
 

@@ -6,7 +6,6 @@ units on threads; a `Clock` reports what was done and how fast.
 
 from __future__ import annotations
 
-import fcntl
 import filecmp
 import json
 import os
@@ -37,7 +36,7 @@ from tools.crops.cutting import (
 from tools.crops.duplicates import NearDuplicates
 from tools.crops.manifest import CropRecord, format_lines, parse_line
 from tools.crops.options import benchmark_fingerprint
-from tools.files import converted_note, printable
+from tools.files import converted_note, lock_output, printable
 from tools.parallel import ordered_map, progress, quiet_libraries
 
 NUM_SHOWN = 20
@@ -82,12 +81,7 @@ def open_dataset(
             f"{out}: cannot be written: {error.strerror}; choose another OUT"
         ) from error
     with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{out}: another {tool}.py is writing there; wait for it or stop it"
-            ) from None
+        lock_output(file, out, tool)
         _check_settings(file, out, recorded)
         dataset = CropDataset(out, settings, stamp_of)
         try:

@@ -62,15 +62,15 @@ class Summary:
     subsampled: dict[str, int]
     """Chroma subsampling of images without a lossy compression; "444" and "gray" excluded."""
     luma_noise: Spread | None
-    """Of images whose noise is visible and at least `LEAST_NOISE`."""
+    """Luma noise of the images in which it is visible and at least `LEAST_NOISE`."""
     chroma_noise: Spread | None
-    """Of the same images, if their chroma noise is known."""
+    """Chroma noise of the same images, where it is known."""
     noise_known: int
     """Images whose noise is visible, or would be at `LEAST_NOISE`."""
     visible_noise: float
     """Median of the weakest noise that JPEG compressions leave visible; 0 without JPEG."""
     blur: Spread | None
-    """Of images with at least `LEAST_BLUR`."""
+    """Blur of the images with at least `LEAST_BLUR`."""
     blur_known: int
     enlargement: Spread | None
     repeated: int

@@ -114,7 +114,7 @@ class Enlargement:
     """An earlier enlargement."""
 
     factor: float
-    """Of height and width; at least 1.2."""
+    """Factor by which height and width were enlarged; at least 1.2."""
     is_repeated: bool
     """Whether pixels were repeated (nearest neighbour) and not interpolated."""
 

@@ -23,8 +23,6 @@ Parameters = dict[str, Any]
 """The random choices for a sample: names, numbers and lists or tables of these, as JSON allows."""
 OnDevice = Callable[[Any], Any]
 
-# HR pixels around a crop on which its sharpened pixels depend: two kernels of side 51.
-SHARPENING_REACH = 50
 # Random words per sample for its degradation: 2 x 32 uniform numbers and 8 noise keys.
 WORDS = 40
 KEYS = 8
@@ -157,6 +155,29 @@ class Degradation:
         """
         raise NotImplementedError
 
+    def part(self, lr: NDArray[Any], start: tuple[int, int], size: tuple[int, int]) -> NDArray[Any]:
+        """Return a part of a region's LR, given the part's start and size in HR pixels."""
+        (top, left), (height, width) = (
+            [side // self.scale for side in place] for place in (start, size)
+        )
+        return np.ascontiguousarray(lr[top : top + height, left : left + width])
+
+
+class PlacedAnywhere(Degradation):
+    """Base of degradations whose crop may lie anywhere in a region with `surroundings` of the spec.
+
+    Blocks of codecs may then start anywhere in the crop.
+    """
+
+    @property
+    def surroundings(self) -> int:
+        surroundings: int = self.spec.surroundings
+        return surroundings // self.scale * self.scale
+
+    def place(self, randoms: Iterator[float]) -> tuple[int, int]:
+        places = self.surroundings // self.scale + 1
+        return int(next(randoms) * places) * self.scale, int(next(randoms) * places) * self.scale
+
 
 class NoiseSpec(Spec):
     """White Gaussian noise on LR, added before rounding to bytes."""
@@ -197,8 +218,6 @@ class LrNoise:
 
     def add(self, nodes: Nodes, lr: Any, on_device: OnDevice, *, is_deep: bool = False) -> Any:
         """Return a node of FP32 `lr` with noise, rounded to bytes, or with `is_deep` to uint16."""
-        from nvidia.dali import fn, types
-
         is_noisy = nodes["is_noisy"]
         if is_noisy:
             normal = noise.standard_normal(
@@ -207,9 +226,7 @@ class LrNoise:
             levels = noise.add_gaussian(lr, normal, nodes["noise_sigma"])
         else:
             levels = lr
-        if is_deep:
-            return fn.cast(levels * 257.0, dtype=types.UINT16)
-        return fn.cast(levels, dtype=types.UINT8)
+        return to_pixels(levels, is_deep)
 
     def add_on_host(
         self, sigma: float, keys: Sequence[int], lr: NDArray[Any], workspace: Any
@@ -233,6 +250,23 @@ def filtered(image: Any, kernel: Any) -> Any:
     # `filter` left `experimental` in DALI 2.4.
     filter2d = getattr(fn, "filter", None) or fn.experimental.filter
     return filter2d(image, kernel, border="reflect_101", dtype=types.FLOAT)
+
+
+def to_levels(pixels: Any, is_deep: bool) -> Any:
+    """Return a node of the FP32 levels of bytes, or with `is_deep` of uint16 pixels."""
+    from nvidia.dali import fn, types
+
+    levels = fn.cast(pixels, dtype=types.FLOAT)
+    return levels * (1 / 257) if is_deep else levels
+
+
+def to_pixels(levels: Any, is_deep: bool) -> Any:
+    """Return a node of bytes, or with `is_deep` of uint16 pixels, from levels: rounded, clipped."""
+    from nvidia.dali import fn, types
+
+    if is_deep:
+        return fn.cast(levels * 257.0, dtype=types.UINT16)
+    return fn.cast(levels, dtype=types.UINT8)
 
 
 def resized(image: Any, size: Any, interpolation: Any) -> Any:

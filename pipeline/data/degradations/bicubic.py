@@ -71,8 +71,4 @@ class Bicubic(Degradation):
 
         low = region.shape[0] // self.scale, region.shape[1] // self.scale
         lr = host.resampled(region, low, "cubic_antialiased", workspace)
-        (top, left), (height, width) = (
-            [side // self.scale for side in place] for place in (start, size)
-        )
-        part = np.ascontiguousarray(lr[top : top + height, left : left + width])
-        return host.rounded_as(region, part, workspace)
+        return host.rounded_as(region, self.part(lr, start, size), workspace)

@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from pipeline.cli import nearest
-from pipeline.data.degradations.base import Degradation, DegradationSpec, Nodes, OnDevice
+from pipeline.data.degradations.base import DegradationSpec, Nodes, OnDevice, PlacedAnywhere
 from pipeline.data.degradations.steps import STEPS
 from pipeline.data.degradations.steps.base import (
     NUMBERS,
@@ -180,15 +180,15 @@ class ChainSpec(DegradationSpec):
     @field_validator("steps")
     @classmethod
     def _bounded(cls, steps: tuple[Any, ...]) -> tuple[Any, ...]:
-        count = sum(1 for _ in _walk(steps))
+        count = number_of_items(steps)
         if count > MAX_STEPS:
             raise ValueError(f"{count} steps and groups; at most {MAX_STEPS} are allowed")
         return steps
 
 
-def number_of_items(spec: ChainSpec) -> int:
-    """Return the number of steps and groups in a chain."""
-    return sum(1 for _ in _walk(spec.steps))
+def number_of_items(steps: Sequence[Any]) -> int:
+    """Return the number of steps and groups in the list of a chain."""
+    return sum(1 for _ in _walk(steps))
 
 
 def _walk(items: Sequence[Any]) -> Iterator[Any]:
@@ -204,7 +204,7 @@ def _walk(items: Sequence[Any]) -> Iterator[Any]:
             yield from _walk(item.shuffle)
 
 
-class Chain(Degradation):
+class Chain(PlacedAnywhere):
     """A list of steps, run by threads of the host; on a GPU, a graph runs the first ones.
 
     A graph runs the leading steps that have nodes, those of `leading`. It makes all of LR if these
@@ -251,21 +251,9 @@ class Chain(Degradation):
             found |= STEPS[name].versions()
         return dict(sorted(found.items()))
 
-    @property
-    def surroundings(self) -> int:
-        return self.spec.surroundings // self.scale * self.scale
-
-    def place(self, randoms: Iterator[float]) -> tuple[int, int]:
-        places = self.surroundings // self.scale + 1
-        return int(next(randoms) * places) * self.scale, int(next(randoms) * places) * self.scale
-
     def draw(self, randoms: Iterator[float], height: int, width: int) -> Parameters:
-        halves = [int(next(randoms) * 2**32) for _ in range(4)]
-        key = [halves[0] << 32 | halves[1], halves[2] << 32 | halves[3]]
-        count = len(self._numbers)
-        words = np.random.Philox(key=np.array(key, np.uint64)).random_raw(
-            max(1, count) * NUMBERS // 2
-        )
+        key = np.array(Draws(randoms).words(), np.uint64)
+        words = np.random.Philox(key=key).random_raw(max(1, len(self._numbers)) * NUMBERS // 2)
         rows = (words.view("<u4").astype(np.float64) * 2.0**-32).reshape(-1, NUMBERS)
         canvas = Canvas((height, width), (height, width), self.scale)
         steps: list[Parameters] = []
@@ -369,8 +357,8 @@ class Chain(Degradation):
     ) -> NDArray[Any]:
         from pipeline.data.degradations import host
 
-        part = self._part(run(region, parameters["steps"], workspace), start, size)
-        return host.rounded_as(region, part, workspace)
+        lr = run(region, parameters["steps"], workspace)
+        return host.rounded_as(region, self.part(lr, start, size), workspace)
 
     def rest_on_host(
         self,
@@ -381,14 +369,7 @@ class Chain(Degradation):
         workspace: Any,
     ) -> NDArray[Any]:
         done = sum(drawn is not None for drawn in self._by_place(parameters))
-        return self._part(run(image, parameters["steps"][done:], workspace), start, size)
-
-    def _part(self, lr: Image, start: tuple[int, int], size: tuple[int, int]) -> Image:
-        """Return a part of LR, given its start and size in HR pixels."""
-        (top, left), (height, width) = (
-            [side // self.scale for side in place] for place in (start, size)
-        )
-        return np.ascontiguousarray(lr[top : top + height, left : left + width])
+        return self.part(run(image, parameters["steps"][done:], workspace), start, size)
 
 
 def _nodes_of(name: str) -> StepNodes:

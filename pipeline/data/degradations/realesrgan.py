@@ -17,11 +17,11 @@ from pydantic import Field, field_validator
 from pipeline.cli import nearest
 from pipeline.data.degradations import kernels, noise
 from pipeline.data.degradations.base import (
-    Degradation,
     DegradationSpec,
     Nodes,
     OnDevice,
     Parameters,
+    PlacedAnywhere,
     between,
     filtered,
     interpolation,
@@ -29,6 +29,8 @@ from pipeline.data.degradations.base import (
     through_jpeg,
 )
 from pipeline.data.degradations.chain import run
+from pipeline.data.degradations.steps import blur
+from pipeline.data.degradations.steps.base import Draws
 from pipeline.spec import Exponent, Factor, Levels, Probability, Quality, Range, Sigma, Spec
 
 MODES = ("area", "linear", "cubic")
@@ -159,7 +161,7 @@ class RealEsrganSpec(DegradationSpec):
     )
 
 
-class RealEsrgan(Degradation):
+class RealEsrgan(PlacedAnywhere):
     """Second-order degradation: two rounds of blur, resize, noise and JPEG, then a sinc filter.
 
     It differs from the published code as follows: every sample draws all parameters independently
@@ -198,20 +200,12 @@ class RealEsrgan(Degradation):
             *(("final_box",) if self.has_final_box else ()),
         )
 
-    @property
-    def surroundings(self) -> int:
-        return self.spec.surroundings // self.scale * self.scale
-
-    def place(self, randoms: Iterator[float]) -> tuple[int, int]:
-        places = self.surroundings // self.scale + 1
-        return int(next(randoms) * places) * self.scale, int(next(randoms) * places) * self.scale
-
     def draw(self, randoms: Iterator[float], height: int, width: int) -> Parameters:
         low = height // self.scale, width // self.scale
         first = _draw_round(self.spec.first, randoms, (height, width), (height, width))
         second = _draw_round(self.spec.second, randoms, tuple(first["size"]), low)
         final = {
-            "mode": _choose(MODES, (1, 1, 1), next(randoms)),
+            "mode": Draws(randoms).choose(dict.fromkeys(MODES, 1)),
             "sinc_first": next(randoms) < 0.5,
         }
         sinc = _draw_sinc(self.spec.second.blur_kernel_size, randoms, low_cutoff=math.pi / 3)
@@ -277,13 +271,13 @@ class RealEsrgan(Degradation):
 
         *steps, last = steps_of(parameters, self.scale, keys)
         lr = run(region, steps, workspace)
+        if last["step"] != "blur":
+            lr = run(lr, [last], workspace)
+            return rounded_as(region, self.part(lr, start, size), workspace)
+        # Only this filter still depends on pixels around the crop.
         (top, left), (height, width) = (
             [side // self.scale for side in place] for place in (start, size)
         )
-        if last["step"] != "blur":
-            lr = run(lr, [last], workspace)
-            return rounded_as(region, lr, workspace)[top : top + height, left : left + width]
-        # Only this filter still depends on pixels around the crop.
         reach = last["side"] // 2
         above, before = min(reach, top), min(reach, left)
         near = np.ascontiguousarray(
@@ -302,8 +296,9 @@ def _draw_round(
     spec: FirstRound, randoms: Iterator[float], size: tuple[int, int], full: tuple[int, int]
 ) -> Parameters:
     """Draw the parameters of one round for an image of `size`; it is resized relative to `full`."""
-    blur = _draw_blur(spec, randoms)
-    direction = _choose(("up", "down", "keep"), spec.resize_prob, next(randoms))
+    drawn = _draw_blur(spec, randoms)
+    directions = dict(zip(("up", "down", "keep"), spec.resize_prob, strict=True))
+    direction = Draws(randoms).choose(directions)
     low, high = {
         "up": (1.0, spec.resize_range[1]),
         "down": (spec.resize_range[0], 1.0),
@@ -312,11 +307,11 @@ def _draw_round(
     factor = between((low, high), next(randoms))
     is_gaussian = next(randoms) < spec.gaussian_noise_prob
     parameters: Parameters = {
-        "blur": blur,
+        "blur": drawn,
         "resize": direction,
         "factor": factor,
         "size": [max(8, int(side * factor)) for side in full],
-        "mode": _choose(MODES, (1, 1, 1), next(randoms)),
+        "mode": Draws(randoms).choose(dict.fromkeys(MODES, 1)),
         "noise": "gaussian" if is_gaussian else "poisson",
         "level": between(
             spec.noise_range if is_gaussian else spec.poisson_scale_range, next(randoms)
@@ -334,7 +329,7 @@ def _draw_blur(spec: FirstRound, randoms: Iterator[float]) -> Parameters:
     Every number is drawn whether or not the shape uses it, so that later draws do not depend on it.
     """
     is_blurred, is_sinc = next(randoms) < spec.blur_prob, next(randoms) < spec.sinc_prob
-    shape = _choose(tuple(spec.kernel_prob), tuple(spec.kernel_prob.values()), next(randoms))
+    shape = Draws(randoms).choose(spec.kernel_prob)
     sinc = _draw_sinc(spec.blur_kernel_size, randoms)
     sigma = [between(spec.blur_sigma, next(randoms)) for _ in range(2)]
     theta = between((-math.pi, math.pi), next(randoms))
@@ -366,26 +361,32 @@ def _draw_sinc(
     return size, between((lowest, math.pi), next(randoms))
 
 
-def _blur_kernel(blur: Parameters) -> NDArray[np.float32]:
-    if blur["shape"] == "none":
-        return kernels.delta_kernel()
-    if blur["shape"] == "sinc":
-        return kernels.sinc_kernel(blur["size"], blur["cutoff"])
-    numbers = blur["size"], *blur["sigma"], blur.get("theta", 0.0)
-    if "beta" not in blur:
-        return kernels.gaussian_kernel(*numbers)
-    make = (
-        kernels.generalized_kernel
-        if blur["shape"].startswith("generalized")
-        else kernels.plateau_kernel
-    )
-    return make(*numbers, blur["beta"])
+def _blur_step(drawn: Parameters) -> Parameters | None:
+    """Return the blur of a round as a step of a chain, or None if there is none."""
+    shape = drawn["blur"]
+    if shape["shape"] == "none":
+        return None
+    kind = KINDS_OF_BLUR[shape["shape"]]
+    step = {"step": "blur", "kind": kind, "side": shape["size"]}
+    if kind == "sinc":
+        step["cutoff"] = shape["cutoff"]
+    elif "theta" in shape:
+        step["sigma_x"], step["sigma_y"] = shape["sigma"]
+        step["angle"] = math.degrees(shape["theta"])
+    else:
+        step["sigma"] = shape["sigma"][0]
+    if "beta" in shape:
+        step["beta"] = shape["beta"]
+    if drawn["mode"] == "area":
+        # One filter instead of two: the area filter is convolved with the blur's kernel.
+        step["box"] = drawn["ratio"]
+    return step
 
 
 def _kernel(drawn: Parameters) -> NDArray[np.float32]:
     """Return the kernel that a round applies before it resizes."""
-    kernel = _blur_kernel(drawn["blur"])
-    return kernels.with_box(kernel, drawn["ratio"]) if drawn["mode"] == "area" else kernel
+    step = _blur_step(drawn)
+    return blur.kernel(step) if step else _area_box(drawn["mode"], drawn["ratio"])
 
 
 def _round_arrays(part: str, drawn: Parameters, keys: Sequence[int]) -> dict[str, NDArray[Any]]:
@@ -456,25 +457,11 @@ def steps_of(parameters: Parameters, scale: int, keys: Sequence[int]) -> list[Pa
 
 def _steps_of_round(drawn: Parameters, keys: Sequence[int]) -> list[Parameters]:
     """Return the steps of a round without its JPEG."""
-    blur, mode, steps = drawn["blur"], drawn["mode"], []
-    if blur["shape"] != "none":
-        shape = KINDS_OF_BLUR[blur["shape"]]
-        step = {"step": "blur", "kind": shape, "side": blur["size"]}
-        if shape == "sinc":
-            step["cutoff"] = blur["cutoff"]
-        elif "theta" in blur:
-            step["sigma_x"], step["sigma_y"] = blur["sigma"]
-            step["angle"] = math.degrees(blur["theta"])
-        else:
-            step["sigma"] = blur["sigma"][0]
-        if "beta" in blur:
-            step["beta"] = blur["beta"]
-        if mode == "area":
-            # One filter instead of two: the area filter is convolved with the blur's kernel.
-            step["box"], mode = drawn["ratio"], "linear"
-        steps.append(step)
+    step, mode = _blur_step(drawn), drawn["mode"]
+    if step and mode == "area":
+        mode = "linear"  # the box is part of the blur
     return [
-        *steps,
+        *([step] if step else []),
         {"step": "resize", "kind": mode, "size": drawn["size"]},
         {
             "step": "noise",
@@ -484,13 +471,3 @@ def _steps_of_round(drawn: Parameters, keys: Sequence[int]) -> list[Parameters]:
             "words": list(keys),
         },
     ]
-
-
-def _choose(names: Sequence[str], shares: Sequence[float], fraction: float) -> str:
-    """Choose a name by a uniform `fraction` in [0, 1), in proportion to the shares."""
-    target = fraction * sum(shares)
-    for name, share in zip(names, shares, strict=True):
-        target -= share
-        if target < 0:
-            return name
-    return names[-1]

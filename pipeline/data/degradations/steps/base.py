@@ -32,11 +32,10 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from pipeline.cli import nearest
+from pipeline.data.degradations.base import Parameters, between
 from pipeline.spec import Number, Probability, Spec
 
 Image = NDArray[Any]
-Parameters = dict[str, Any]
-"""The random choices for a sample: names, numbers and lists or tables of these, as JSON allows."""
 
 NUMBERS = 64  # uniform random numbers per step and sample
 
@@ -73,7 +72,7 @@ class Draws:
 
     def between(self, bounds: tuple[float, float]) -> float:
         """Return a number in [low, high), uniformly distributed."""
-        return bounds[0] + (bounds[1] - bounds[0]) * self.uniform()
+        return between(bounds, self.uniform())
 
     def integer(self, bounds: tuple[float, float]) -> int:
         """Return an integer in low..high, both included, uniformly distributed."""

@@ -25,7 +25,9 @@ from pipeline.data.degradations.steps.base import (
 )
 from pipeline.spec import Levels, Range, Sigma, within
 
-HR_SIGMA, HR_AMOUNT, HR_THRESHOLD = 8.0, 0.5, 10.0  # published: kernel of side 51, weight 0.5
+HR_SIDE, HR_SIGMA, HR_AMOUNT, HR_THRESHOLD = 51, 8.0, 0.5, 10.0  # published; OpenCV's sigma
+HR_REACH = HR_SIDE - 1
+"""Pixels around a crop on which its sharpened pixels depend, because HR is filtered twice."""
 
 
 class SharpenSpec(StepSpec):
@@ -171,6 +173,15 @@ def by_soft_mask(levels: Any, row: Any, column: Any, amount: Any, threshold: Any
     detail = levels - filtered(filtered(levels, row), column)
     mask = filtered(filtered(_is_above(detail, threshold), row), column)
     return levels + mask * (dali_math.clamp(levels + detail * amount, 0.0, 255.0) - levels)
+
+
+def sharpened_hr_in_graph(levels: Any, on_device: OnDevice) -> Any:
+    """Return a node of FP32 `levels` of HR, sharpened like `sharpened_hr`."""
+    from nvidia.dali import types
+
+    line = _kernel(HR_SIGMA, HR_SIDE).sum(axis=0)
+    row, column = (on_device(types.Constant(one)) for one in (line[None], line[:, None]))
+    return by_soft_mask(levels, row, column, HR_AMOUNT, HR_THRESHOLD)
 
 
 def _is_above(detail: Any, threshold: Any) -> Any:

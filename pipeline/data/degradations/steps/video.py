@@ -56,7 +56,7 @@ class Coder(NamedTuple):
     encoder: str
     decoder: str
     options: dict[str, str]
-    """Of the encoder; `{quality}` and `{preset}` stand for the drawn values."""
+    """Options of the encoder; `{quality}` and `{preset}` are replaced by the drawn values."""
     matrix: int
     has_b_frames: bool = False
     looks_ahead: bool = False
