@@ -17,6 +17,7 @@ from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError, say
 from pipeline.files import check_utf8, parse_json
 from pipeline.metrics import METRICS
+from pipeline.models import GENERATORS
 from pipeline.models.weights import SavedNetwork, read_network, write_network
 from pipeline.run_folder import (
     CHECKPOINTS_DIR,
@@ -180,6 +181,17 @@ def run_export(
         print(
             "note: the files name no licence; add yours with --license, such as --license CC-BY-4.0"
         )
+    unseen = {
+        name: value
+        for name, value in getattr(GENERATORS[saved.name], "UNSEEN", {}).items()
+        if saved.params.get(name, value) != value
+    }
+    if unseen:
+        print(
+            "note: other programs do not see "
+            f"{_listed({name: saved.params[name] for name in unseen})} in the tensors; they would "
+            f"compute other images, with {_listed(unseen)}"
+        )
     print("Verified: both files were read back bit-identical, and the network runs.")
     degraded = " --lr DEGRADED" if exported.saved.scale == 1 else ""
     say(f"Measure it:  python evaluate.py --model {file} --hr FOLDER{degraded}")
@@ -188,6 +200,10 @@ def run_export(
         f"             network = read_network({str(file)!r}).build()"
     )
     return 0
+
+
+def _listed(params: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in params.items())
 
 
 def export_run(

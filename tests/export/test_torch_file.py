@@ -223,6 +223,23 @@ def test_the_dtype_is_that_of_the_weights_not_of_integer_tables(tmp_path):
     assert export_run(run, "newest").saved.metadata["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("params", [{}, {"activation": "relu", "rdb_residual_scale": 0.3}])
+def test_what_other_programs_do_not_see_is_said(tmp_path, capsys, params):
+    from pipeline.export.torch_file import run_export
+
+    params = {"num_features": 8, "num_blocks": 1, **params}
+    state = build_generator("rrdbnet", 4, **params).state_dict()
+    run = make_run(tmp_path, steps=(100,))
+    write_network(run_network_file(run, 100, ema=True), SavedNetwork("rrdbnet", 4, params, state))
+    seal(checkpoint_dir(run, 100), 100)
+    assert run_export(run, "newest", False, False, "", None, None) == 0
+    note = (
+        "note: other programs do not see activation relu, rdb_residual_scale 0.3 in the tensors; "
+        "they would compute other images, with activation leakyrelu, rdb_residual_scale 0.2\n"
+    )
+    assert (note in capsys.readouterr().out) == (len(params) > 2)
+
+
 def test_verify_detects_a_flipped_bit_and_changed_metadata(tmp_path):
     exported = export_run(make_run(tmp_path), "newest")
     assert verify(exported) == []

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 
 from pipeline.export.onnx_file import ByteNetwork
 from pipeline.images import to_bytes
+from pipeline.models import spandrel
 from pipeline.models.common import BatchNorm2d
 from pipeline.models.compact import SRVGGNetCompact
 from pipeline.models.msrresnet import MSRResNet
 from pipeline.models.rrdbnet import RRDBNet
 from pipeline.models.srresnet import SRResNet
 from pipeline.models.vapsr import bicubic_kernel, cubic_upscale
+from pipeline.models.weights import SavedNetwork, read_network, write_network
 
 SMALL = {
     SRResNet: {"num_features": 8, "num_blocks": 2},
@@ -34,6 +36,8 @@ VARIANTS = [
     (MSRResNet, 4, {"global_residual": "bilinear"}),
     (MSRResNet, 3, {"global_residual": "bilinear"}),
     (RRDBNet, 4, {"fusion_kernel": 1}),
+    (RRDBNet, 2, {"hr_kernel": 5}),
+    (RRDBNet, 4, {"activation": "prelu"}),
     (SRVGGNetCompact, 4, {"activation": "relu"}),
     (SRVGGNetCompact, 2, {"activation": "leakyrelu"}),
 ]
@@ -213,11 +217,16 @@ def plain_msrresnet(state, images, scale):
     return x + F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
-def plain_rrdbnet(state, images, rdb_scale=0.2, rrdb_scale=0.2):
+def plain_rrdbnet(state, images, activation="leakyrelu", rdb_scale=0.2, rrdb_scale=0.2):
+    def activated(x, name):
+        slope = state.get(f"{name}.weight", {"leakyrelu": 0.2, "relu": 0.0}.get(activation))
+        return torch.where(x > 0, x, x * slope)
+
     def dense_block(x, name):
         seen = [x]
         for layer in range(1, 5):
-            seen.append(F.leaky_relu(conv(state, torch.cat(seen, 1), f"{name}.conv{layer}"), 0.2))
+            new = conv(state, torch.cat(seen, 1), f"{name}.conv{layer}")
+            seen.append(activated(new, f"{name}.act{layer}"))
         fusion = state[f"{name}.conv5.weight"].shape[-1]
         return x + rdb_scale * conv(state, torch.cat(seen, 1), f"{name}.conv5", padding=fusion // 2)
 
@@ -228,9 +237,12 @@ def plain_rrdbnet(state, images, rdb_scale=0.2, rrdb_scale=0.2):
             y = dense_block(y, f"body.{block}.rdb{number}")
         x = x + rrdb_scale * y
     x = first + conv(state, x, "conv_body")
-    for name in ("conv_up1", "conv_up2"):
-        x = F.leaky_relu(conv(state, x.repeat_interleave(2, 2).repeat_interleave(2, 3), name), 0.2)
-    return conv(state, F.leaky_relu(conv(state, x, "conv_hr"), 0.2), "conv_last")
+    for number in (1, 2):
+        x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = activated(conv(state, x, f"conv_up{number}"), f"act_up{number}")
+    last = state["conv_hr.weight"].shape[-1] // 2
+    x = activated(conv(state, x, "conv_hr", padding=last), "act_hr")
+    return conv(state, x, "conv_last", padding=last)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
@@ -256,6 +268,8 @@ def test_msrresnet_is_basicsrs(scale, residual):
         {},
         {"fusion_kernel": 1, "rdb_residual_scale": 0.5, "rrdb_residual_scale": 0.9},
         {"rdb_residual_scale": 0.3},
+        {"hr_kernel": 5, "activation": "relu"},
+        {"activation": "prelu"},
     ],
 )
 def test_every_knob_of_rrdbnet_turns_something(params):
@@ -264,10 +278,42 @@ def test_every_knob_of_rrdbnet_turns_something(params):
     expected = plain_rrdbnet(
         network.state_dict(),
         images,
+        params.get("activation", "leakyrelu"),
         params.get("rdb_residual_scale", 0.2),
         params.get("rrdb_residual_scale", 0.2),
     )
     torch.testing.assert_close(network(images), expected, rtol=0, atol=1e-10)
+
+
+def test_weight_init_scale_is_that_of_the_dense_blocks():
+    usual, larger = (
+        small(RRDBNet, 4, weight_init_scale=factor).state_dict() for factor in (0.1, 0.5)
+    )
+    noise = small(RRDBNet, 4, weight_init_scale=1e-12).state_dict()
+    for name in usual:
+        factor = 5 if name.startswith("body.") and name.endswith("weight") else 1
+        expected = factor * (usual[name] - noise[name]) + noise[name]
+        torch.testing.assert_close(larger[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_files_of_rrdbnet_with_other_knobs_are_ours_alone(tmp_path):
+    """Spandrel opens no other kernels, and applies leaky ReLU whatever the activation."""
+    for params in ({"hr_kernel": 5}, {"activation": "prelu"}, {"activation": "relu"}):
+        network = small(RRDBNet, 4, num_grow_ch=32, **params)
+        saved = {**SMALL[RRDBNet], "num_grow_ch": 32, **params}
+        path = tmp_path / "a.safetensors"
+        write_network(path, SavedNetwork("rrdbnet", 4, saved, network.state_dict()))
+        found = read_network(path)
+        images = torch.rand(1, 3, 8, 8)
+        with torch.inference_mode():
+            sr = network(images)
+            assert torch.equal(found.build()(images), sr)
+            theirs = spandrel.read(network.state_dict())
+            if params == {"hr_kernel": 5}:
+                assert theirs is None
+            else:
+                assert (theirs.model.eval()(images) - sr).abs().max() > 1e-3
+                assert theirs.model.hyperparameters["act"] == RRDBNet.UNSEEN["activation"]
 
 
 @pytest.mark.parametrize("scale", [1, 3])
@@ -429,8 +475,29 @@ def first_esrgan_names(name):
     return name
 
 
-@pytest.mark.parametrize("renamed", [second_esrgan_names, first_esrgan_names])
-def test_older_esrgan_files_are_converted(renamed):
+def esrdgan_names(name):
+    name = re.sub(
+        r"^body\.(\d+)\.rdb(\d)\.conv(\d)\.",
+        lambda found: (
+            f"model.1.module.{found[1]}.rdbs.{int(found[2]) - 1}."
+            + ("LFF." if found[3] == "5" else f"conv{found[3]}.conv.0.")
+        ),
+        name,
+    )
+    for ours, place in (
+        ("conv_first", "0"),
+        ("conv_body", "1.module.2"),
+        ("conv_up1", "2.upconv.1"),
+        ("conv_up2", "3.upconv.1"),
+        ("conv_hr", "4"),
+        ("conv_last", "6"),
+    ):
+        name = name.replace(f"{ours}.", f"model.{place}.")
+    return name
+
+
+@pytest.mark.parametrize("renamed", [second_esrgan_names, first_esrgan_names, esrdgan_names])
+def test_files_of_esrgan_and_esrdgan_are_converted(renamed):
     state = small(RRDBNet, 4).state_dict()
     foreign = {renamed(name): tensor for name, tensor in state.items()}
     assert (
@@ -456,7 +523,7 @@ def test_another_upsampler_is_not_taken_for_x1(network_class, tail):
 
 def test_esrgan_plus_is_not_claimed():
     state = small(RRDBNet, 4).state_dict()
-    for names in (lambda name: name, second_esrgan_names, first_esrgan_names):
+    for names in (lambda name: name, second_esrgan_names, first_esrgan_names, esrdgan_names):
         plus = {
             names(name): tensor
             for name, tensor in {
@@ -651,6 +718,9 @@ def test_byte_network_follows_its_weights_and_refuses_what_is_no_bytes():
         (RRDBNet, {"fusion_kernel": 2}, "fusion_kernel 2 is neither 1 nor 3"),
         (RRDBNet, {"fusion_kernel": 1.0}, "fusion_kernel 1.0 is neither"),
         (RRDBNet, {"fusion_kernel": True}, "fusion_kernel True is neither"),
+        (RRDBNet, {"hr_kernel": 1}, "hr_kernel 1 is neither 3 nor 5"),
+        (RRDBNet, {"activation": "gelu"}, "activation 'gelu' is not one of 'leakyrelu', 'relu'"),
+        (RRDBNet, {"weight_init_scale": 0}, "weight_init_scale 0 is not a number above 0"),
         (RRDBNet, {"num_blocks": 10**8}, "num_blocks 100000000 is above 65536"),
         (RRDBNet, {"rdb_residual_scale": 0}, "rdb_residual_scale 0 is not a number above 0"),
         (

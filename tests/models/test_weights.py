@@ -12,6 +12,7 @@ from collections import OrderedDict
 import pytest
 import safetensors.torch
 import torch
+from test_generators import esrdgan_names, first_esrgan_names, second_esrgan_names
 from test_vapsr import plain_vapsr
 
 from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
@@ -456,6 +457,30 @@ def first_esrgan(blocks=2):
     return shapes
 
 
+def esrdgan(blocks=2, fusion=3, last=3):
+    """esrdgan's ESRDnet (generator.py and blocks.py), x4: RRDBNet in modules of its own."""
+    places = {
+        "conv_first": "model.0",
+        "conv_body": f"model.1.module.{blocks}",
+        "conv_up1": "model.2.upconv.1",
+        "conv_up2": "model.3.upconv.1",
+        "conv_hr": "model.4",
+        "conv_last": "model.6",
+    }
+    kernels = {"conv5": fusion, "conv_hr": last, "conv_last": last}
+    shapes = {}
+    for name, shape in basicsr_rrdbnet(blocks=blocks).items():
+        layer, part = name.rsplit(".", 1)
+        if part == "weight":
+            shape = (*shape[:2], *[kernels.get(layer.split(".")[-1], 3)] * 2)
+        dense = re.fullmatch(r"body\.(\d+)\.rdb(\d)\.conv(\d)", layer)
+        if dense:
+            inner = "LFF" if dense[3] == "5" else f"conv{dense[3]}.conv.0"
+            layer = f"model.1.module.{dense[1]}.rdbs.{int(dense[2]) - 1}.{inner}"
+        shapes[f"{places.get(layer, layer)}.{part}"] = shape
+    return shapes
+
+
 def basicsr_msrresnet(scale, features=16, blocks=2):
     """BasicSR's srresnet_arch.py."""
     shapes = convolution("conv_first", features, 3)
@@ -506,6 +531,8 @@ FOREIGN = {
     "RRDBNet x1": (lambda: basicsr_rrdbnet(folded=16), "rrdbnet", 1),
     "ESRGAN 2": (second_esrgan, "rrdbnet", 4),
     "ESRGAN 1": (first_esrgan, "rrdbnet", 4),
+    "esrdgan": (lambda: esrdgan(blocks=12), "rrdbnet", 4),
+    "esrdgan, other kernels": (lambda: esrdgan(fusion=1, last=5), "rrdbnet", 4),
     "MSRResNet x2": (lambda: basicsr_msrresnet(2), "msrresnet", 2),
     "MSRResNet x3": (lambda: basicsr_msrresnet(3), "msrresnet", 3),
     "MSRResNet x4": (lambda: basicsr_msrresnet(4), "msrresnet", 4),
@@ -541,6 +568,37 @@ def test_foreign_files_load_strictly(tmp_path, kind, dtype):
     # the order stays, only names change
     for ours, theirs in zip(found.state_dict, state, strict=True):
         assert torch.equal(built[ours], state[theirs].to(built[ours].dtype))
+
+
+@pytest.mark.parametrize(
+    ("network", "params", "renamed"),
+    [
+        ("rrdbnet", {"num_grow_ch": 4}, lambda name: name),
+        ("rrdbnet", {"num_grow_ch": 4}, second_esrgan_names),
+        ("rrdbnet", {"num_grow_ch": 4}, first_esrgan_names),
+        ("rrdbnet", {"num_grow_ch": 4, "hr_kernel": 5, "fusion_kernel": 1}, esrdgan_names),
+        ("compact", {"num_features": 8, "num_conv": 2}, lambda name: name),
+        ("spandrel", {"arch": "SPAN", "feature_channels": 8}, lambda name: name),
+        (
+            "spandrel",
+            {"arch": "RealPLKSR", "dim": 16, "n_blocks": 2, "kernel_size": 5, "dysample": True},
+            lambda name: name,
+        ),
+    ],
+    ids=["ESRGAN", "ESRGAN 2", "ESRGAN 1", "esrdgan", "Compact", "SPAN", "RealPLKSR"],
+)
+def test_files_of_other_projects_give_the_images_of_their_networks(
+    tmp_path, network, params, renamed
+):
+    torch.manual_seed(0)
+    small = {"num_features": 8, "num_blocks": 2} if network == "rrdbnet" else {}
+    made = build_generator(network, 4, **small, **params).eval()
+    state = {renamed(name): tensor for name, tensor in made.state_dict().items()}
+    found = read_network(save_pickled(tmp_path / "a.pth", {"params_ema": state}))
+    images = torch.rand(1, 3, 12, 13)
+    with torch.inference_mode():
+        assert torch.equal(found.build()(images), made(images))
+    assert (found.name, found.scale) == (network, 4)
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
