@@ -74,6 +74,11 @@ def logged(run_dir: Path, event: str = "train", *keys: str) -> list[tuple[Any, .
 
 
 BF16 = ("ds.bf16.enabled=true", "ds.fp16.enabled=false")
+SCHEDULE_FREE = (
+    "ds.optimizer={type: ScheduleFreeAdamW, params: {lr: 0.01}}",
+    "ds.scheduler={type: WarmupLR, params: {warmup_num_steps: 2}}",
+    "ema_decay=0",
+)
 UNET = ("adversarial={weight: 0.01, discriminator: {name: unet, num_features: 4}}",)
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,24 +106,63 @@ _ADAM = (
     "capturable",
     "differentiable",
 )
-OPTIMIZERS: dict[str, tuple[str, ...]] = {
-    "Adam": (*_ADAM, "amsgrad", "decoupled_weight_decay", "fused"),
-    "AdamW": (*_ADAM, "amsgrad", "fused"),
-    "SGD": (
-        "lr",
-        "momentum",
-        "dampening",
-        "weight_decay",
-        "nesterov",
-        "maximize",
-        "foreach",
-        "differentiable",
-        "fused",
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """An optimizer that a ds_config may name: torch's, or the class of that name in `file`."""
+
+    params: tuple[str, ...]
+    file: str = ""  # module in pipeline/engine/optimizers; empty for torch's
+    needs_whole_weights: bool = False  # if True, not with ZeRO 1 and 2, which cut them into parts
+    is_schedule_free: bool = False  # if True, only with `STEADY_SCHEDULES`
+
+
+_OURS = ("lr", "betas", "eps", "weight_decay")
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "Adam": OptimizerRow((*_ADAM, "amsgrad", "decoupled_weight_decay", "fused")),
+    "AdamW": OptimizerRow((*_ADAM, "amsgrad", "fused")),
+    "SGD": OptimizerRow(
+        (
+            "lr",
+            "momentum",
+            "dampening",
+            "weight_decay",
+            "nesterov",
+            "maximize",
+            "foreach",
+            "differentiable",
+            "fused",
+        )
     ),
-    "RAdam": (*_ADAM, "decoupled_weight_decay"),
-    "NAdam": (*_ADAM, "decoupled_weight_decay", "momentum_decay"),
+    "RAdam": OptimizerRow((*_OURS, "decoupled_weight_decay"), file="radam"),
+    "NAdam": OptimizerRow((*_OURS, "decoupled_weight_decay", "momentum_decay"), file="nadam"),
+    "Adan": OptimizerRow(_OURS, file="adan"),
+    "Adafactor": OptimizerRow(
+        ("lr", "beta2_decay", "eps", "d", "weight_decay"),
+        file="adafactor",
+        needs_whole_weights=True,
+    ),
+    "Muon": OptimizerRow(
+        (*_OURS, "momentum", "nesterov", "ns_steps", "adjust_lr_fn", "adamw_lr"),
+        file="muon",
+        needs_whole_weights=True,
+    ),
+    "SOAP": OptimizerRow(
+        (*_OURS, "shampoo_beta", "precondition_frequency", "max_precond_dim"),
+        file="soap",
+        needs_whole_weights=True,
+    ),
+    "ScheduleFreeAdamW": OptimizerRow(
+        (*_OURS, "r", "weight_lr_power"),
+        file="schedule_free",
+        needs_whole_weights=True,
+        is_schedule_free=True,
+    ),
 }
-"""torch's optimizers that a ds_config may name -> their parameters. A new one takes one row."""
+"""Name of an optimizer -> its row. A new one takes one row."""
+STEADY_SCHEDULES = ("WarmupLR", "ConstantLR")
+"""Schedules that end at a constant rate."""
 _RAMP = ("warmup_num_steps", "warmup_min_ratio")  # a linear warm-up for any of torch's schedules
 _WARMUP_LR = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type")
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -198,9 +238,26 @@ def check_optimizer(section: Mapping[str, Any], where: str = "ds_config") -> Non
     _check_names(
         "optimizer",
         section,
-        {name: (*params, "torch_adam") for name, params in OPTIMIZERS.items()},
+        {name: (*row.params, "torch_adam") for name, row in OPTIMIZERS.items()},
         where,
     )
+
+
+def check_optimizer_fits(config: Mapping[str, Any], where: str = "ds_config") -> None:
+    """Raise `UserError` if the optimizer does not work with the ZeRO stage or the schedule."""
+    name, schedule = config["optimizer"]["type"], config.get("scheduler", {}).get("type")
+    row = OPTIMIZERS[name]
+    if row.needs_whole_weights and zero_stage(config):
+        raise UserError(
+            f"{where}: optimizer {name} needs whole weights, but zero_optimization.stage "
+            f"{zero_stage(config)} cuts them into parts; set ds.zero_optimization.stage=0, or "
+            "choose another optimizer, such as AdamW"
+        )
+    if row.is_schedule_free and schedule not in (None, *STEADY_SCHEDULES):
+        raise UserError(
+            f"{where}: optimizer {name} needs a rate that is constant after the warm-up, but the "
+            f"schedule is {schedule}; set ds.scheduler.type=WarmupLR"
+        )
 
 
 def check_schedule(section: Mapping[str, Any], where: str = "ds_config") -> None:
@@ -219,6 +276,19 @@ def _check_names(
             raise UserError(
                 f"{where}: {kind} {name} has no parameter {key!r}{nearest(key, table[name])}"
             )
+
+
+KEPT_PARAMS = {"optimizer": ("lr", "weight_decay"), "scheduler": ()}
+"""Section -> parameters that an override of its type leaves as they are in the file."""
+
+
+def _change_type(config: Mapping[str, Any], key: str, name: Any, kept: tuple[str, ...]) -> None:
+    """Forget the parameters in a section that belong to another type than `name`, if given."""
+    section = config.get(key)
+    if name is None or not isinstance(section, dict) or section.get("type") == name:
+        return
+    if isinstance(params := section.get("params"), dict):
+        section["params"] = {key: value for key, value in params.items() if key in kept}
 
 
 def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -240,6 +310,8 @@ def load_ds_config(path: Path, overrides: Mapping[str, Any] | None = None) -> di
         raise UserError(
             f'{path} must be a table of keys and values, such as {{"train_batch_size": 16, …}}'
         )
+    for key, kept in KEPT_PARAMS.items():
+        _change_type(config, key, (overrides or {}).get(f"{key}.type"), kept)
     for key, value in (overrides or {}).items():
         assign(config, key, value)
     _check_ds_config(config, path)
@@ -321,6 +393,7 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
         raise UserError(
             f'{path}: optimizer is missing; write {{"type": "AdamW", "params": {{"lr": 0.001}}}}'
         )
+    check_optimizer_fits(config, str(path))
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

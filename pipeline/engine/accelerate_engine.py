@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine.optimizers.foreach import averaged, skips_nonfinite
 from pipeline.engine.schedules import Schedule
 
 STATES_FILE = "mp_rank_00_model_states.pt"  # DeepSpeed's file name; its key "module" is used too
@@ -40,7 +41,6 @@ class AccelerateEngine:
         ranks: Ranks,
     ) -> None:
         self.module = module
-        self.weights: list[Tensor] = list(module.parameters())
         self.lr_scheduler = build_schedule(optimizer) if build_schedule else None
         self.before_update: list[Callable[[], None]] = []
         self.gradient_norm: Tensor | float = float("nan")
@@ -54,10 +54,8 @@ class AccelerateEngine:
         # the process's device and precision (Accelerate keeps those in a singleton).
         self._accelerator = _accelerator(ds_config, ranks)
         self._replica, self.optimizer = self._accelerator.prepare(module, optimizer)
-        # Fused optimizers change nothing where `found_inf` is set. A scaler sets it itself.
-        self._guards_itself = self._accelerator.scaler is not None or bool(
-            optimizer.defaults.get("fused")
-        )
+        # Such optimizers change nothing where `found_inf` is set. A scaler sets it itself.
+        self._guards_itself = self._accelerator.scaler is not None or skips_nonfinite(optimizer)
         if self._accelerator.scaler is None and self._guards_itself:
             optimizer.found_inf = self.was_skipped
 
@@ -69,6 +67,10 @@ class AccelerateEngine:
         is_exchanging = self.is_gradient_accumulation_boundary() or not torch.is_grad_enabled()
         with nullcontext() if is_exchanging else self._accelerator.no_sync(self._replica):
             return self._replica(*inputs)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return averaged(self._inner, list(self.module.parameters()))
 
     @property
     def skipped_steps(self) -> int:

@@ -1,10 +1,11 @@
-"""Engine on DeepSpeed, which works around four faults of DeepSpeed 0.19.8.
+"""Engine on DeepSpeed, which works around five faults of DeepSpeed 0.19.8.
 
 - In FP32 with ZeRO stage 0, updates with non-finite gradients are not skipped.
 - In FP16 with ZeRO stage 0, the loss is scaled wrongly.
 - It synchronises with the GPU twice per micro-batch to measure its own speed.
 - In FP16 and BF16 with ZeRO stage 0, it updates the network parameter by parameter: 1,800 small
   kernels for VapSR, between which the GPU is idle.
+- There, it also starts with an update for gradients of zero, which decays the weights and counts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.distributed.ranks import Ranks
+from pipeline.engine.optimizers.foreach import averaged, paused, skips_nonfinite
 from pipeline.engine.schedules import DEEPSPEED_WARMUPS, Schedule
 
 BuildSchedule = Callable[[torch.optim.Optimizer], Schedule]
@@ -54,7 +56,8 @@ class DeepSpeedEngine:
         self._found_nonfinite: Tensor | None = None
         self._nonfinite_steps: Tensor | None = None
         self._scaling = None
-        self.weights: list[Tensor] = list(module.parameters())
+        self._updated: list[Tensor] = list(module.parameters())
+        self._own = optimizer
         # Parameters whose missing gradients must be filled with zeros here.
         self._lacking: list[nn.Parameter] = []
         from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -71,8 +74,8 @@ class DeepSpeedEngine:
             ]
             # The moving average uses the FP32 masters: in 16 bits, rounding would swallow most of
             # its small changes.
-            masters = {id(half): master.detach() for half, master in pairs}
-            self.weights = [masters.get(id(parameter), parameter) for parameter in self.weights]
+            masters = {id(half): master for half, master in pairs}
+            self._updated = [masters.get(id(parameter), parameter) for parameter in self._updated]
         if not inner.zero_optimization():
             # With one rank, skip the exchange: DeepSpeed would copy every gradient to this rank
             # and back.
@@ -84,16 +87,16 @@ class DeepSpeedEngine:
             inner.allreduce_and_copy = partial(_reduce, inner)
         # In FP32 with ZeRO stage 0, DeepSpeed would write NaN into weights and moments.
         if not inner.zero_optimization() and isinstance(inner.optimizer, torch.optim.Optimizer):
-            if not inner.optimizer.defaults.get("fused"):
+            if not skips_nonfinite(optimizer):
                 raise UserError(
-                    f"optimizer {type(inner.optimizer).__name__} in FP32 with ZeRO stage 0 has no "
-                    "guard against NaN; choose Adam, AdamW or SGD, or zero_optimization.stage 1, "
-                    "or --runtime accelerate"
+                    f"optimizer {type(optimizer).__name__} in FP32 with ZeRO stage 0 has no "
+                    "guard against NaN; choose another one, such as AdamW, or "
+                    "zero_optimization.stage 1, or --runtime accelerate"
                 )
             self._found_nonfinite = torch.zeros((), device=ranks.device)
             self._nonfinite_steps = torch.zeros((), device=ranks.device)
             inner.clip_fp32_gradients = self._clip
-            # Fused optimizers change nothing where it is set.
+            # The optimizer changes nothing where it is set.
             inner.optimizer.found_inf = self._found_nonfinite
 
     def __call__(self, *inputs: Any) -> Any:
@@ -106,6 +109,10 @@ class DeepSpeedEngine:
     @property
     def optimizer(self) -> Any:
         return self._inner.optimizer
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return averaged(self._own, self._updated)
 
     @property
     def lr_scheduler(self) -> Any:
@@ -235,7 +242,7 @@ def _initialise(
     from deepspeed.runtime.config import DeepSpeedConfigError
 
     config = {
-        # All our optimizers work element by element, which is what ZeRO needs.
+        # ZeRO needs optimizers that work element by element; the ds_config's check refuses others.
         "zero_allow_untested_optimizer": True,
         # The throughput timer synchronises with the GPU twice per micro-batch.
         "timers": {"throughput": {"enabled": False}},
@@ -249,13 +256,14 @@ def _initialise(
         # DeepSpeed does not know torch's schedules. For its own, it records the name in its files.
         config.pop("scheduler")
     try:
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=config,
-            lr_scheduler=build_schedule,
-            dist_init_required=False,
-        )
+        with paused(optimizer):
+            engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=config,
+                lr_scheduler=build_schedule,
+                dist_init_required=False,
+            )
     # `UserError` is a ValueError, but already says what to do.
     except UserError:
         raise

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.cli import UserError
 from pipeline.config.ds_config import (
     LEFT_TO_DEEPSPEED,
+    OPTIMIZERS,
     batch_sizes,
     check_accelerate,
     check_optimizer,
@@ -80,9 +82,15 @@ class Engine(Protocol):
     """Called between the last backward pass of an update and the update."""
     rate: RateFactor
     """Lowers the learning rate below what the schedule sets."""
-    weights: list[Tensor]
-    """What the optimizer updates, in the order of `module.parameters()`: FP32 masters if the
-    network has 16-bit weights, or the parameters themselves if no rank holds a whole master."""
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What is averaged, validated and exported, in the order of `module.parameters()`.
+
+        These are the weights that the optimizer updates: FP32 masters if the network has 16-bit
+        weights, or the parameters themselves if no rank holds a whole master. A schedule-free
+        optimizer gives its average instead.
+        """
 
     @property
     def module(self) -> nn.Module: ...
@@ -145,8 +153,8 @@ def build_engine(
 ) -> Engine:
     """Build an engine of `runtime` (deepspeed or accelerate) around `module`.
 
-    `ds_config` must be resolved. The optimizer is torch's, built from the optimizer section: the
-    same on every device, with nothing to compile. Raises `UserError`.
+    `ds_config` must be resolved. The optimizer is built from the optimizer section: the same on
+    every device, with nothing to compile. Raises `UserError`.
     """
     module.to(ranks.device)
     optimizer = build_optimizer(
@@ -217,8 +225,10 @@ def build_optimizer(
         params["betas"] = tuple(params["betas"])
     if name in FUSED:
         params["fused"] = True
+    file = OPTIMIZERS[name].file
+    source = import_module(f"pipeline.engine.optimizers.{file}") if file else torch.optim
     try:
-        return getattr(torch.optim, name)(parameters, **params)
+        return getattr(source, name)(parameters, **params)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"ds_config: optimizer {name}: {error}") from error
 

@@ -14,7 +14,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pipeline.cli import UserError
-from pipeline.config.ds_config import Runtime, check_accelerate, choose_runtime, load_ds_config
+from pipeline.config.ds_config import (
+    Runtime,
+    check_accelerate,
+    check_optimizer_fits,
+    choose_runtime,
+    load_ds_config,
+)
 from pipeline.config.recipe import Recipe, load_stages, parse_overrides
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.degradations import build_degradation
@@ -314,10 +320,12 @@ def _discriminator_ds_config(
         "data_types",
         "zero_optimization",
     )
-    return {
+    merged = {
         **{key: value for key, value in own.items() if key not in shared},
         **{key: ds_config[key] for key in shared if key in ds_config},
     }
+    check_optimizer_fits(merged, str(recipe.adversarial.ds_config))
+    return merged
 
 
 def _dataset(options: TrainOptions, recipe: Recipe) -> Dataset:

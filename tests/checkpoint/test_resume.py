@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comparison import BF16, UNET, assert_resumed_is_straight, checkpoint_differences, logged
+from comparison import (
+    BF16,
+    SCHEDULE_FREE,
+    UNET,
+    assert_resumed_is_straight,
+    checkpoint_differences,
+    logged,
+)
 from conftest import command, environment, run
 from lives import train
 from pipeline.engine.engine import why_not_compiled
@@ -41,6 +48,7 @@ GAN = (
         (1, ("ds.gradient_accumulation_steps=2", "ds.optimizer.type=Adam", *MIXED)),
         (2, ("ds.zero_optimization.stage=1", CHAIN)),
         (2, ("ds.zero_optimization.stage=2", *BF16)),
+        (1, SCHEDULE_FREE),
         (1, (*GAN, "losses.ldl=1")),
         (2, ("ds.zero_optimization.stage=2", "ds.gradient_accumulation_steps=2", *BF16, *GAN)),
         (2, ("generator={name: srresnet, num_features: 8, num_blocks: 2}", *UNET)),
@@ -54,6 +62,7 @@ GAN = (
         "accumulation-mixing-ldl",
         "zero1-chain-2",
         "zero2-bf16-2",
+        "schedule-free",
         "gan-ldl-1",
         "gan-zero2-bf16-2",
         "batch-norm-unet-2",

@@ -221,6 +221,24 @@ def test_differences_leave_out_what_may_change() -> None:
     ) == ["ds.train_batch_size: 64 in the run, 32 asked for"]
 
 
+def test_another_optimizer_or_schedule_keeps_no_foreign_parameters() -> None:
+    """In whatever order they are given; the same type keeps all of its parameters."""
+    overrides = {
+        "optimizer.params.betas": [0.9, 0.8, 0.7],
+        "optimizer.type": "Adan",
+        "scheduler.type": "WarmupLR",
+        "scheduler.params.warmup_num_steps": 7,
+    }
+    config = load_ds_config(ROOT / "ds_config.json", overrides)
+    assert config["optimizer"] == {
+        "type": "Adan",
+        "params": {"lr": 0.001, "weight_decay": 0.0, "betas": [0.9, 0.8, 0.7]},
+    }
+    assert config["scheduler"] == {"type": "WarmupLR", "params": {"warmup_num_steps": 7}}
+    same = load_ds_config(ROOT / "ds_config.json", {"optimizer.type": "AdamW"})
+    assert same == load_ds_config(ROOT / "ds_config.json")
+
+
 @pytest.mark.parametrize(
     ("config", "world_size", "expected"),
     [

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import warm
 from comparison import (
     BF16,
+    SCHEDULE_FREE,
     UNET,
     assert_resumed_is_straight,
     checkpoint_differences,
@@ -283,6 +284,7 @@ def copy_up_to(run_dir: Path, step: int, copy: Path) -> None:
     ("procs", "extra"),
     [
         (2, ()),
+        (1, SCHEDULE_FREE),
         (
             2,
             (
@@ -293,7 +295,7 @@ def copy_up_to(run_dir: Path, step: int, copy: Path) -> None:
             ),
         ),
     ],
-    ids=["fp32-2", "gan-batch-norm-bf16-accumulation-2"],
+    ids=["fp32-2", "schedule-free", "gan-batch-norm-bf16-accumulation-2"],
 )
 def test_resume_is_exact(
     request: pytest.FixtureRequest,

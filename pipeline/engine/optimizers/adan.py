@@ -1,0 +1,70 @@
+"""Adan: Nesterov's momentum through the differences of successive gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, correction, pick
+
+
+class Adan(ForeachOptimizer):
+    """Adan (Xie et al., 2022, arXiv:2208.06677), without its restarts.
+
+    `betas`: what the averages of gradients, of their differences, and of squares keep; the paper
+    writes 1 - beta. `weight_decay` divides the weights by 1 + `lr` `weight_decay` after the update,
+    as in the paper.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if len(betas) != 3:
+            raise ValueError(
+                f"betas must be three numbers, such as [0.98, 0.92, 0.99], not {betas!r}"
+            )
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+
+    def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
+        names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")
+        return {name: torch.zeros_like(weight) for name in names}
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[State],
+        shared: State,
+    ) -> None:
+        lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
+        step = shared["step"]
+        averages, changes, squares, previous = (
+            pick(states, name)
+            for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")
+        )
+        differences = torch._foreach_sub(gradients, previous)
+        # The first gradient has none before it.
+        torch._foreach_mul_(differences, (step > 1).float())
+        torch._foreach_copy_(previous, gradients)
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_lerp_(changes, differences, 1 - beta2)
+        ahead = torch._foreach_add(gradients, differences, alpha=beta2)
+        torch._foreach_mul_(squares, beta3)
+        torch._foreach_addcmul_(squares, ahead, ahead, 1 - beta3)
+        sizes = torch._foreach_sqrt(squares)
+        torch._foreach_div_(sizes, correction(beta3, step).sqrt())
+        torch._foreach_add_(sizes, group["eps"])
+        moves = torch._foreach_div(averages, correction(beta1, step))
+        torch._foreach_add_(moves, torch._foreach_mul(changes, beta2 / correction(beta2, step)))
+        torch._foreach_div_(moves, sizes)
+        torch._foreach_add_(weights, moves, alpha=-lr)
+        torch._foreach_div_(weights, 1 + lr * group["weight_decay"])

@@ -1,0 +1,74 @@
+"""NAdam: Adam with Nesterov's momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, correction, pick
+from pipeline.engine.optimizers.radam import decayed
+
+
+class NAdam(ForeachOptimizer):
+    """NAdam (Dozat, 2016), the same update as `torch.optim.NAdam`, with a few kernels.
+
+    The momentum of update t is `betas[0]` (1 - 0.96^(t `momentum_decay`) / 2).
+    """
+
+    SHARED: Mapping[str, float] = {"step": 0.0, "mu_product": 1.0}
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        first, second = betas
+        super().__init__(
+            params,
+            lr=lr,
+            betas=(first, second),
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_decay=momentum_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+
+    def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
+        return {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        states: list[State],
+        shared: State,
+    ) -> None:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        step = shared["step"]
+        averages, squares = pick(states, "exp_avg"), pick(states, "exp_avg_sq")
+        gradients = decayed(group, weights, gradients)
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        this, following = (
+            beta1 * (1 - 0.5 * 0.96 ** (count * group["momentum_decay"]))
+            for count in (step, step + 1)
+        )
+        product = shared["mu_product"].mul_(this)
+        sizes = torch._foreach_sqrt(squares)
+        torch._foreach_div_(sizes, correction(beta2, step).sqrt())
+        torch._foreach_add_(sizes, group["eps"])
+        moves = torch._foreach_mul(gradients, (1 - this) / (1 - product))
+        ahead = torch._foreach_mul(averages, following / (1 - product * following))
+        torch._foreach_add_(moves, ahead)
+        torch._foreach_div_(moves, sizes)
+        torch._foreach_add_(weights, moves, alpha=-lr)
