@@ -89,6 +89,7 @@ ALLOWED = {
         "launch/cluster",
         "launch/doctor",
         "launch/requirements_missing",
+        "pipeline/config",
         "pipeline/data",
         "pipeline/distributed",
         "pipeline/engine",

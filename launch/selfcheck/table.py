@@ -40,7 +40,7 @@ SECTIONS = {
         Section(
             "engine",
             45,
-            "updates of DeepSpeed and Accelerate compared with autograd; kernels and waits",
+            "updates compared with autograd, optimizers with the CPU; kernels and waits",
             ("engine.fp16",),
         ),
         Section(

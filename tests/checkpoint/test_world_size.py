@@ -231,8 +231,15 @@ def _engine_files(extra: dict[str, Any], come_from: Path | None, go_to: Path) ->
                 }
             },
         ),
+        (
+            (2, 3, 2),
+            {
+                "zero_optimization": {"stage": 1},
+                "optimizer": {"type": "Adan", "params": {"lr": 0.01}},
+            },
+        ),
     ],
-    ids=["zero1-bf16", "zero1-fp16", "zero2-round-robin"],
+    ids=["zero1-bf16", "zero1-fp16", "zero2-round-robin", "zero1-adan"],
 )
 def test_there_and_back_changes_no_bit(
     tmp_path: Path, chain: tuple[int, ...], extra: dict[str, Any]

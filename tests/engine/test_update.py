@@ -153,6 +153,25 @@ def test_the_update_is_deepspeeds_own(changes: str, power: int, clipping: float)
         assert ours == pytest.approx(theirs, rel=1e-6 if clipping == 0 else 1e-2)
 
 
+def test_building_an_engine_makes_no_update() -> None:
+    """In 16 bits with ZeRO 0, DeepSpeed steps with gradients of zero at first: it would decay the
+    weights, and the bias corrections would take the first real update for the second."""
+    found = in_a_fresh_process("""
+        network = torch.nn.Conv2d(3, 4, 3)
+        begun = network.weight.detach().bfloat16()
+        optimizer = {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.5}}
+        engine = engine_for(network, bf16={"enabled": True}, optimizer=optimizer)
+        same = torch.equal(engine.weights[0], begun.float())
+        backward_and_step(engine, engine(torch.randn(4, 3, 8, 8).bfloat16()).float().mean())
+        steps = [float(state["step"]) for state in engine.optimizer.optimizer.state.values()]
+        moved = (engine.weights[0] - 0.95 * begun.float()).abs().mean().item()
+        print(json.dumps(dict(same=same, steps=steps, moved=moved)))
+    """)
+    assert found["same"]
+    assert found["steps"] == [1.0, 1.0]
+    assert found["moved"] == pytest.approx(0.1, rel=0.01), "Adam's first update is the rate"
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_the_average_is_of_the_weights_that_the_optimizer_updates(stage: int) -> None:
     """At a rate so small that 16-bit weights do not change, the FP32 weights move, and the average
