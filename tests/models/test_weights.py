@@ -579,13 +579,15 @@ def test_foreign_files_load_strictly(tmp_path, kind, dtype):
         ("rrdbnet", {"num_grow_ch": 4, "hr_kernel": 5, "fusion_kernel": 1}, esrdgan_names),
         ("compact", {"num_features": 8, "num_conv": 2}, lambda name: name),
         ("spandrel", {"arch": "SPAN", "feature_channels": 8}, lambda name: name),
+        # As released: it works on [0, 255].
+        ("spandrel", {"arch": "SPAN", "feature_channels": 16, "norm": True}, lambda name: name),
         (
             "spandrel",
             {"arch": "RealPLKSR", "dim": 16, "n_blocks": 2, "kernel_size": 5, "dysample": True},
             lambda name: name,
         ),
     ],
-    ids=["ESRGAN", "ESRGAN 2", "ESRGAN 1", "esrdgan", "Compact", "SPAN", "RealPLKSR"],
+    ids=["ESRGAN", "ESRGAN 2", "ESRGAN 1", "esrdgan", "Compact", "SPAN", "SPAN 255", "RealPLKSR"],
 )
 def test_files_of_other_projects_give_the_images_of_their_networks(
     tmp_path, network, params, renamed
