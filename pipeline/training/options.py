@@ -6,8 +6,8 @@ Imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from pipeline.config.ds_config import (
     load_ds_config,
 )
 from pipeline.config.recipe import Recipe, load_stages, parse_overrides
+from pipeline.config.specs import NetworkSpec
 from pipeline.data.dataset import Dataset, read_dataset
 from pipeline.data.degradations import build_degradation
 from pipeline.data.image_files import TRAINING_LIST, VALIDATION_LIST
@@ -126,6 +127,11 @@ class TrainPlan:
     wandb: str | None = None  # a Weights & Biases project
     spill_dir: Path | None = None
     from_step: int | None = None  # the checkpoint to continue from, if not the newest
+    # The generator's parameters that the command line sets: a start file does not change them.
+    fixed_params: frozenset[str] = frozenset()
+    # The generator's parameters that are those of the start file -> what the recipe said, if at
+    # all. `recipe` has the file's values.
+    adopted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -140,11 +146,21 @@ class TrainPlan:
             libraries |= build_degradation(degradation, self.recipe.scale).versions()
         return {
             **({"libraries": libraries} if libraries else {}),
+            **({"adopted": dict(self.adopted)} if self.adopted else {}),
             "recipe": self.recipe.model_dump(mode="json"),
             "ds_config": self.ds_config,
             **gan,
             "dataset": self.dataset.identity(),
         }
+
+    def with_start_params(self, params: Mapping[str, Any], adopted: Mapping[str, Any]) -> TrainPlan:
+        """Return the plan with `params` as those of the generator, of which `adopted` are others'.
+
+        See the field `adopted`.
+        """
+        generator = NetworkSpec(name=self.recipe.generator.name, **params)
+        recipe = self.recipe.model_copy(update={"generator": generator})
+        return replace(self, recipe=recipe, adopted=dict(adopted))
 
     @property
     def counts_comms(self) -> bool:
@@ -295,7 +311,18 @@ def _stage_plan(
         options.wandb,
         options.spill_dir,
         options.from_step,
+        _fixed_params(options, recipe.stage),
     )
+
+
+def _fixed_params(options: TrainOptions, stage: str) -> frozenset[str]:
+    """Return the parameters of the stage's generator that the command line sets."""
+    fixed: set[str] = set()
+    for key, value in parse_overrides(options.overrides)[0].items():
+        table, _, name = key.removeprefix(f"stages.{stage}.").partition(".")
+        if table == "generator":
+            fixed |= {name} if name else {*value} if isinstance(value, dict) else set()
+    return frozenset(fixed)
 
 
 def _with_depth(recipe: Recipe, depth: Literal["auto", 8, 16]) -> Recipe:

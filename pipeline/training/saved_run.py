@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.checkpoint.progress import read_progress
-from pipeline.checkpoint_index import damage, read_index
+from pipeline.checkpoint_index import DamagedError, damage, read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import ds_differences, precision_of
 from pipeline.config.recipe import changes, recipe_differences, recipe_of
@@ -60,6 +60,30 @@ def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], index: dict[str, A
             "it with its original settings (the recipe is in its recipe.yaml: --recipe), give "
             "another --output-dir, or start a new run with --reset (the old run is kept)"
         )
+
+
+def as_recorded(plan: TrainPlan) -> TrainPlan | None:
+    """Return the plan with the generator's parameters that its run on disk has adopted.
+
+    The run took them from its start file, which may have changed or gone since. None if there is no
+    run yet.
+    """
+    for step in reversed(checkpoint_steps(plan.run_dir)):
+        with suppress(DamagedError):
+            identity = read_index(checkpoint_dir(plan.run_dir, step))["identity"]
+            adopted, params = identity.get("adopted", {}), plan.recipe.generator.params
+            recorded = {
+                key: value
+                for key, value in identity.get("recipe", {}).get("generator", {}).items()
+                if key != "name"
+            }
+            for key, asked in adopted.items():
+                # If the recipe now says something else, `refuse_other_run` names the difference.
+                if key not in plan.fixed_params and params.get(key) == asked:
+                    params.pop(key, None)
+                    params |= {key: recorded[key]} if key in recorded else {}
+            return plan.with_start_params(params, adopted)
+    return None
 
 
 def newest_of_previous(plan: TrainPlan) -> int | None:
@@ -138,7 +162,8 @@ def _last_step(plan: TrainPlan) -> int | None:
         precision = precision_of(
             plan.ds_config, on_cpu=is_cpu_wanted() or not may_have_gpu(), runtime=plan.runtime
         )
-        refuse_other_run(plan, {**plan.identity, "precision": precision}, index)
+        recorded = as_recorded(plan) or plan
+        refuse_other_run(recorded, {**recorded.identity, "precision": precision}, index)
         if not damage(checkpoint_dir(plan.run_dir, step)):
             return step
     return None
