@@ -22,6 +22,7 @@ from pipeline.losses.ldl import Ldl
 from pipeline.losses.perceptual import Lpips, VggFeature
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
 from pipeline.losses.sobel import Sobel
+from pipeline.losses.trunks import trunk_layout
 from pipeline.losses.vgg_patch import VggPatch
 
 # Either a function f(sr, hr, **params), or a class built with its params and called with (sr, hr).
@@ -66,6 +67,12 @@ class Criterion:
         for name, term in terms.items():
             self.weights[name], params = _split(name, term)
             self._losses[name] = _build(name, params, torch.device(device))
+
+    @property
+    def trunks(self) -> list[nn.Module]:
+        """The pretrained networks of the losses: what is worth compiling."""
+        trunks = (getattr(loss, "trunk", None) for loss in self._losses.values())
+        return [trunk for trunk in trunks if trunk is not None]
 
     @property
     def uses_averaged(self) -> bool:
@@ -132,4 +139,7 @@ def _build(name: str, params: Mapping[str, Any], device: torch.device) -> Callab
         built: nn.Module = loss(**params)
     except (ValueError, TypeError) as error:  # a UserError is a ValueError too
         raise UserError(f"the loss {name!r}: {error}") from error
-    return built.requires_grad_(False).eval().to(device)
+    built.requires_grad_(False).eval().to(device)
+    if (trunk := getattr(built, "trunk", None)) is not None:
+        trunk.to(memory_format=trunk_layout(device))
+    return built

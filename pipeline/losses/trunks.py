@@ -137,6 +137,15 @@ def trunk_dtype(precision: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def trunk_layout(device: torch.device) -> torch.memory_format:
+    """Return the memory format of a trunk's weights and input.
+
+    16-bit convolutions on GPUs are made for channels_last. On CPUs it would only change the
+    rounding.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+
+
 def in_precision(
     precision: str, loss: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor
 ) -> Tensor:
@@ -147,10 +156,7 @@ def in_precision(
     starts from the same number, and the incoming gradient multiplies its result, in float32.
     """
     dtype = trunk_dtype(precision, sr.device)
-    # 16-bit convolutions on GPUs are made for channels_last; on CPUs it would only change the
-    # rounding.
-    if sr.device.type == "cuda":
-        sr, hr = (images.contiguous(memory_format=torch.channels_last) for images in (sr, hr))
+    sr, hr = (images.to(memory_format=trunk_layout(sr.device)) for images in (sr, hr))
     if dtype == torch.float32:
         return loss(sr, hr)
     with torch.autocast(sr.device.type, dtype):

@@ -371,6 +371,9 @@ def _trainer(
     """
     recipe, spec = plan.recipe, plan.recipe.adversarial
     criterion = ranks.on_all_ranks(lambda: _criterion(recipe, ranks.device))
+    for trunk in criterion.trunks:
+        # No CUDA graphs, which would overwrite the features of HR with those of SR.
+        _compile(trunk, recipe, ranks, began, channels_last=layout == "channels_last", graphs=False)
     if spec is None:
         return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
     assert plan.discriminator_ds_config is not None
@@ -486,11 +489,18 @@ def _kernel(
 
 
 def _compile(
-    module: nn.Module, recipe: Recipe, ranks: Ranks, began: Progress | None, *, channels_last: bool
+    module: nn.Module,
+    recipe: Recipe,
+    ranks: Ranks,
+    began: Progress | None,
+    *,
+    channels_last: bool,
+    graphs: bool = True,
 ) -> str:
     """Compile `module` in place if the recipe wants it and every rank can.
 
-    Returns a text for the console. Raises `UserError` if the recipe insists and a rank cannot.
+    `graphs` allows CUDA graphs, if the recipe wants them. Returns a text for the console. Raises
+    `UserError` if the recipe insists and a rank cannot.
     """
     if recipe.compile == "off":
         return "not compiled (compile: off)"
@@ -504,7 +514,7 @@ def _compile(
         raise UserError(f"compile: {recipe.compile}, but {missing}; install it or set compile=auto")
     if missing:
         return f"NOT compiled, slower: {missing}"
-    graphs = _uses_cuda_graphs(recipe, ranks)
+    graphs = graphs and _uses_cuda_graphs(recipe, ranks)
     compile_module(module, channels_last=channels_last, mode="reduce-overhead" if graphs else None)
     return (
         f"compiled with Inductor{' and CUDA graphs' if graphs else ''} (the first step takes "

@@ -13,15 +13,17 @@ from torch import nn
 
 from conftest import run_python
 from fabricate import random_vgg
+from pipeline import losses
 from pipeline.cli import UserError
 from pipeline.libraries import import_torchvision
-from pipeline.losses import LOSSES, Criterion
+from pipeline.losses import LOSSES, Criterion, trunks
 from pipeline.losses.perceptual import VggFeature, VggLoss
 from pipeline.losses.trunks import (
     TRUNK_FILES,
     VGG19_BLOCKS,
     find_trunk,
     trunk_dtype,
+    trunk_layout,
     vgg_features,
     vgg_layer_indices,
 )
@@ -426,3 +428,81 @@ def test_what_a_trunk_computes_in() -> None:
         UserError, match="precision 'fp8' is not one of auto, float32, float16, bfloat16"
     ):
         Criterion({"vgg_feature": {"weight": 1.0, "precision": "fp8"}})
+
+
+@pytest.fixture(scope="session")
+def alex(tmp_path_factory) -> str:
+    features = import_torchvision().models.alexnet(weights=None).features
+    path = tmp_path_factory.mktemp("trunks") / "alex.pth"
+    torch.save(features.state_dict(), path)
+    return str(path)
+
+
+def terms(vgg16: str, vgg19: str, alex: str) -> dict[str, dict]:
+    """A term of every loss that has a trunk; fewer layers than usual take less time."""
+    layers = {"conv1_1": 0.5, "conv2_2": 1.0}
+    return {
+        **{name: {"weight": 1, "weights": vgg19, "layers": layers} for name in VGG19_LOSSES},
+        "lpips": {"weight": 1, "weights": alex},
+        "dists": {"weight": 1, "weights": vgg16},
+    }
+
+
+def test_all_trunks_compile_as_one_graph(vgg16, vgg19, alex) -> None:
+    """Traced, but not compiled by Inductor, which would take a minute."""
+    criterion = Criterion(terms(vgg16, vgg19, alex))
+    assert len(criterion.trunks) == 5
+    sr, hr = pictures()
+
+    def losses_and_gradient() -> tuple[list[float], torch.Tensor]:
+        own = sr.clone().requires_grad_()
+        losses = criterion(own, hr)
+        sum(losses.values()).backward()
+        return [loss.item() for loss in losses.values()], own.grad
+
+    expected = losses_and_gradient()
+    graphs = []
+    for trunk in criterion.trunks:
+        trunk.compile(
+            backend=lambda graph, _: graphs.append(graph) or graph.forward,
+            fullgraph=True,
+            dynamic=False,
+        )
+    found = losses_and_gradient()
+    # One each for SR and HR, and lpips is a single graph of both.
+    assert len(graphs) == 2 * 4 + 1
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-7)
+    losses_and_gradient()
+    assert len(graphs) == 2 * 4 + 1, "nothing is traced again"
+
+
+def test_features_of_hr_are_computed_without_gradient(vgg16, vgg19, alex) -> None:
+    made = []
+    criterion = Criterion(terms(vgg16, vgg19, alex))
+    for loss in criterion._losses.values():
+        for layer in loss.modules():
+            # lpips weighs the differences of features with convolutions of 1x1.
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+                layer.register_forward_hook(lambda _, __, out: made.append(out.requires_grad))
+    sr, hr = pictures()
+    criterion(sr.requires_grad_(), hr.requires_grad_())
+    assert made.count(True) == made.count(False) > 5 * 2
+
+
+def test_trunks_are_channels_last_on_a_gpu_alone(vgg16, vgg19, alex, monkeypatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [trunk_layout(cpu), trunk_layout(gpu)] == [torch.preserve_format, torch.channels_last]
+    found = []
+    for layout in (torch.preserve_format, torch.channels_last):
+        for module in (losses, trunks):
+            monkeypatch.setattr(module, "trunk_layout", lambda _, layout=layout: layout)
+        criterion = Criterion(terms(vgg16, vgg19, alex))
+        weight = criterion.trunks[0].features[2].weight
+        assert weight.is_contiguous() == (layout is torch.preserve_format)
+        sr, hr = pictures()
+        values = criterion(sr.requires_grad_(), hr)
+        sum(values.values()).backward()
+        found.append(([value.item() for value in values.values()], sr.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)

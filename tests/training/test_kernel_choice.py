@@ -141,3 +141,23 @@ def test_on_a_cpu_auto_does_not_compile_but_old_runs_go_on_as_they_began(
         network(), plan_of(dataset, "compile=on").recipe, Ranks(), None, channels_last=True
     )
     assert len(compiled) == 2
+
+
+def test_trunks_of_losses_are_compiled_with_the_networks_but_without_cuda_graphs(
+    dataset: Path, vgg16: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = {}
+    monkeypatch.setattr(setup, "_uses_cuda_graphs", lambda *_: True)
+    monkeypatch.setattr(
+        setup, "compile_module", lambda module, **how: compiled.update({module: how})
+    )
+    monkeypatch.setattr(setup, "why_not_compiled", lambda _: "")
+    for compile, number in (("off", 0), ("on", 1)):
+        losses = f"losses={{l1: 1, dists: {{weight: 1, weights: {vgg16}}}}}"
+        plan = plan_of(dataset, f"compile={compile}", losses)
+        trainer = setup._trainer(plan, None, None, Ranks(), "channels_last", None, None)
+        assert len(compiled) == number
+    (trunk,) = trainer.criterion.trunks
+    assert compiled == {trunk: {"channels_last": True, "mode": None}}
+    setup._compile(network(), plan.recipe, Ranks(), None, channels_last=True)
+    assert [how["mode"] for how in compiled.values()] == [None, "reduce-overhead"]
