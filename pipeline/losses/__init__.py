@@ -19,7 +19,7 @@ from pipeline.losses.contextual import Contextual
 from pipeline.losses.dists import Dists
 from pipeline.losses.focal_frequency import FocalFrequency
 from pipeline.losses.ldl import Ldl
-from pipeline.losses.perceptual import Lpips, VggFeature
+from pipeline.losses.perceptual import Lpips, VggFeature, share_trunks, vgg_losses
 from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation, l1, mse
 from pipeline.losses.sobel import Sobel
 from pipeline.losses.trunks import trunk_layout
@@ -67,12 +67,13 @@ class Criterion:
         for name, term in terms.items():
             self.weights[name], params = _split(name, term)
             self._losses[name] = _build(name, params, torch.device(device))
+        self._vgg_groups = share_trunks(self._losses.values())
 
     @property
     def trunks(self) -> list[nn.Module]:
         """The pretrained networks of the losses: what is worth compiling."""
-        trunks = (getattr(loss, "trunk", None) for loss in self._losses.values())
-        return [trunk for trunk in trunks if trunk is not None]
+        trunks = [getattr(loss, "trunk", None) for loss in self._losses.values()]
+        return [trunk for trunk in dict.fromkeys(trunks) if trunk is not None]
 
     @property
     def uses_averaged(self) -> bool:
@@ -92,10 +93,13 @@ class Criterion:
             sr = sr.float()
             hr = unit_range(hr, sr.dtype)
             more = {} if averaged is None else {"averaged": averaged.float()}
-            return {
-                name: self.weights[name] * loss(sr, hr, **(more if _uses_averaged(loss) else {}))
-                for name, loss in self._losses.items()
-            }
+            values: dict[str, Tensor] = {}
+            for group in self._vgg_groups:
+                values |= vgg_losses(group, sr, hr)
+            for name, loss in self._losses.items():
+                if name not in values:
+                    values[name] = loss(sr, hr, **(more if _uses_averaged(loss) else {}))
+            return {name: weight * values[name] for name, weight in self.weights.items()}
 
     def _check_range(self, hr: Tensor) -> None:
         if self._is_checked or hr.dtype in (torch.uint8, torch.uint16):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,35 +34,30 @@ LPIPS_SMALLEST_SIDES = {
 
 
 class Vgg19Features(nn.Module):
-    """VGG19 up to the deepest of `layers`.
+    """VGG19 up to the deepest of `places`.
 
     Args:
-        layers: names, "conv1_1" to "conv5_4".
-        before_activation: whether the features are the output of the convolution, or of the ReLU
-            after it.
+        places: numbers of the layers whose output is wanted, as in `vgg_layer_indices`.
         weights: a file with VGG19's weights, see `load_trunk`; `None` uses torch's cache.
 
     Raises:
         UserError: the weights are missing or not this trunk's.
     """
 
-    def __init__(
-        self, layers: Mapping[str, float], before_activation: bool, weights: str | None
-    ) -> None:
+    def __init__(self, places: Iterable[int], weights: str | None) -> None:
         super().__init__()
-        indices = vgg_layer_indices(VGG19_BLOCKS)
-        self.places = {name: indices[name] + (0 if before_activation else 1) for name in layers}
+        self.places = frozenset(places)
         # Values come from the file, so skip allocation and initialisation
         with torch.device("meta"):
             whole = vgg_features(VGG19_BLOCKS)
         load_trunk("vgg19", weights, whole)
-        self.features = whole[: max(self.places.values()) + 1].requires_grad_(False).eval()
+        self.features = whole[: max(self.places) + 1].requires_grad_(False).eval()
         self.smallest_side = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in self.features)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the features of every layer, in the order of `layers`.
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Return place -> features.
 
         `images` are RGB NCHW, pixels or floats in [0, 1]. The features are float32 under autocast
         too.
@@ -71,9 +67,9 @@ class Vgg19Features(nn.Module):
         found = {}
         for index, layer in enumerate(self.features):
             features = layer(features)
-            if index in self.places.values():
+            if index in self.places:
                 found[index] = features.to(dtype)
-        return [found[place] for place in self.places.values()]
+        return found
 
 
 class VggLoss(nn.Module):
@@ -106,12 +102,20 @@ class VggLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_precision(precision)
-        _check_layers(layers, vgg_layer_indices(VGG19_BLOCKS))
+        indices = vgg_layer_indices(VGG19_BLOCKS)
+        _check_layers(layers, indices)
         if not isinstance(before_activation, bool):
             raise ValueError(f"before_activation {before_activation!r} is neither true nor false")
-        self.trunk = Vgg19Features(layers, before_activation, weights)
-        self.layer_weights = [float(weight) for weight in layers.values()]
-        self.smallest_side, self.precision = self.trunk.smallest_side, precision
+        self.places = {
+            indices[name] + (0 if before_activation else 1): float(weight)
+            for name, weight in layers.items()
+        }
+        self.trunk = Vgg19Features(self.places, weights)
+        self.smallest_side, self.weights, self.precision = (
+            self.trunk.smallest_side,
+            weights,
+            precision,
+        )
 
     def distance(self, sr: Tensor, hr: Tensor) -> Tensor:
         """Return a scalar for two NCHW feature maps of one layer."""
@@ -122,18 +126,54 @@ class VggLoss(nn.Module):
 
         Gradients flow only to `sr`.
         """
-        check_side(self.name, sr, self.smallest_side)
-        return in_precision(self.precision, self._weighted_distance, sr, hr)
+        return vgg_losses([self], sr, hr)[self.name]
 
-    def _weighted_distance(self, sr: Tensor, hr: Tensor) -> Tensor:
+
+def share_trunks(losses: Iterable[Any]) -> list[list[VggLoss]]:
+    """Let losses on the same VGG19 use one module; return them in groups for `vgg_losses`.
+
+    The same means: the same file, and the same precision. Other losses are ignored.
+    """
+    groups: dict[tuple[str | None, str], list[VggLoss]] = {}
+    for loss in losses:
+        if isinstance(loss, VggLoss):
+            groups.setdefault((loss.weights, loss.precision), []).append(loss)
+    for group in groups.values():
+        trunk = max((loss.trunk for loss in group), key=lambda trunk: len(trunk.features))
+        trunk.places = frozenset().union(*(loss.places for loss in group))
+        for loss in group:
+            loss.trunk = trunk
+    return list(groups.values())
+
+
+def vgg_losses(losses: Sequence[VggLoss], sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    """Return the float32 scalar of every loss, by name, for losses with one trunk.
+
+    The features of SR and of HR are computed once for all of them.
+    """
+    for loss in losses:
+        check_side(loss.name, sr, loss.smallest_side)
+    trunk, precision = losses[0].trunk, losses[0].precision
+
+    def distances(sr: Tensor, hr: Tensor) -> Tensor:
         with torch.no_grad():
-            of_hr = self.trunk(hr)
-        of_sr = self.trunk(sr)
+            of_hr = trunk(hr)
+        of_sr = trunk(sr)
         with torch.autocast(sr.device.type, enabled=False):
-            distances = [self.distance(*pair) for pair in zip(of_sr, of_hr, strict=True)]
-        return torch.stack(
-            [weight * each for weight, each in zip(self.layer_weights, distances, strict=True)]
-        ).sum()
+            return torch.stack(
+                [
+                    torch.stack(
+                        [
+                            weight * loss.distance(of_sr[place], of_hr[place])
+                            for place, weight in loss.places.items()
+                        ]
+                    ).sum()
+                    for loss in losses
+                ]
+            )
+
+    values = in_precision(precision, distances, sr, hr)
+    return {loss.name: value for loss, value in zip(losses, values.unbind(), strict=True)}
 
 
 class VggFeature(VggLoss):

@@ -149,11 +149,12 @@ def trunk_layout(device: torch.device) -> torch.memory_format:
 def in_precision(
     precision: str, loss: Callable[[Tensor, Tensor], Tensor], sr: Tensor, hr: Tensor
 ) -> Tensor:
-    """Return `loss(sr, hr)`, a scalar, with a trunk's convolutions in `trunk_dtype`.
+    """Return `loss(sr, hr)`, a scalar or vector, with a trunk's convolutions in `trunk_dtype`.
 
     The gradient of a mean over millions of features is too small for float16, and the factor by
     which training multiplies the loss is unknown here. Therefore the trunk's backward pass always
-    starts from the same number, and the incoming gradient multiplies its result, in float32.
+    starts from the same number, which the largest incoming gradient replaces in its result, in
+    float32.
     """
     dtype = trunk_dtype(precision, sr.device)
     sr, hr = (images.to(memory_format=trunk_layout(sr.device)) for images in (sr, hr))
@@ -166,8 +167,9 @@ def in_precision(
         value = loss(sr_copy, hr)
 
     def start_backward(gradient: Tensor) -> Tensor:
-        incoming.append(gradient)
-        return torch.full_like(gradient, initial)
+        largest = gradient.abs().amax().clamp(min=torch.finfo(gradient.dtype).tiny)
+        incoming.append(largest)
+        return gradient / largest * initial
 
     value.register_hook(start_backward)
     sr_copy.register_hook(lambda gradient: gradient * (incoming.pop() / initial))

@@ -113,7 +113,9 @@ def test_the_loss_is_the_weighted_sum_over_layers(vgg19: str) -> None:
     with torch.no_grad():
         expected = sum(
             -weight * contextual_similarity(*pair, 0.2).log().mean()
-            for weight, *pair in zip(layers.values(), loss.trunk(sr), loss.trunk(hr), strict=True)
+            for weight, *pair in zip(
+                layers.values(), loss.trunk(sr).values(), loss.trunk(hr).values(), strict=True
+            )
         )
         assert loss(sr, hr).item() == pytest.approx(expected.item(), rel=1e-6)
         assert loss(hr, hr).item() < 0.1 * expected.item()

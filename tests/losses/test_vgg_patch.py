@@ -60,7 +60,9 @@ def test_the_loss_is_the_weighted_sum_over_layers_and_the_mean_over_sizes(vgg19:
     with torch.no_grad():
         expected = sum(
             weight * (patch_distances(*pair, 2).mean() + patch_distances(*pair, 5).mean()) / 2
-            for weight, *pair in zip(layers.values(), loss.trunk(sr), loss.trunk(hr), strict=True)
+            for weight, *pair in zip(
+                layers.values(), loss.trunk(sr).values(), loss.trunk(hr).values(), strict=True
+            )
         )
         assert loss(sr, hr).item() == pytest.approx(expected.item(), rel=1e-6)
         assert loss(hr, hr).item() == 0
