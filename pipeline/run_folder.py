@@ -3,6 +3,7 @@
     runs/<name>/recipe.yaml, ds_config.json, file_lists/    (with stages: runs/<name>/<stage>/…)
     runs/<name>/checkpoints/step-00000400/{MANIFEST.json, state.json,
                                            generator.safetensors, generator_ema.safetensors}
+    runs/<name>/averages/step-00000400/       snapshots of averages, see `checkpoint/averages.py`
 
 A checkpoint exists if and only if its MANIFEST.json does, which is written last. `find_run`,
 `choose_step` and `network_file` find the weights that a command asks for; `run_lock` reserves the
@@ -34,6 +35,7 @@ RECIPE_FILE = "recipe.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 FILE_LISTS_DIR = "file_lists"
 CHECKPOINTS_DIR = "checkpoints"
+AVERAGES_DIR = "averages"
 LOG_FILE = "log.jsonl"
 STATE_FILE = "state.json"
 GENERATOR_FILE = "generator.safetensors"
@@ -47,9 +49,18 @@ SAVING_SECONDS = 60  # for one whose run is writing its last checkpoint
 Step = Literal["best", "newest"] | int
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of `step`, whether it exists or not."""
-    return Path(run_dir) / CHECKPOINTS_DIR / f"step-{step:08d}"
+def power_average_file(width: float) -> str:
+    """Return the name of the file with the power-function average of the relative `width`."""
+    return f"generator_ema_{width:.2f}.safetensors"
+
+
+def checkpoint_dir(run_dir: Path, step: int, kind: str = CHECKPOINTS_DIR) -> Path:
+    """Return the folder of the checkpoint of `step`, whether it exists or not.
+
+    `kind`: the folder in `run_dir` that it is in, also for the following functions; snapshots of
+    averages are in `AVERAGES_DIR`, in the same layout.
+    """
+    return Path(run_dir) / kind / f"step-{step:08d}"
 
 
 class CheckpointFolder(NamedTuple):
@@ -65,7 +76,7 @@ WRITING, REPLACED, REMOVED = PREFIXES = (".tmp-", ".old-", ".removed-")
 """Before the name of a checkpoint that is being written, being replaced, or being removed."""
 
 
-def checkpoint_folders(run_dir: Path) -> list[CheckpointFolder]:
+def checkpoint_folders(run_dir: Path, kind: str = CHECKPOINTS_DIR) -> list[CheckpointFolder]:
     """Return the run's own folders in `checkpoints/`, by step: the one rule of what belongs to it.
 
     A folder does if it is a real one, not a link, and has exactly the name that the run gives. All
@@ -73,7 +84,7 @@ def checkpoint_folders(run_dir: Path) -> list[CheckpointFolder]:
     folder moreover asks for its index; a folder without one may only be renamed.
     """
     try:
-        with os.scandir(Path(run_dir) / CHECKPOINTS_DIR) as entries:
+        with os.scandir(Path(run_dir) / kind) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -81,7 +92,7 @@ def checkpoint_folders(run_dir: Path) -> list[CheckpointFolder]:
     for name in names:
         match = re.fullmatch(r"(\.[a-z]+-)?step-([0-9]{8,})", name)
         prefix, step = (match[1] or "", int(match[2])) if match else ("", -1)
-        path = checkpoint_dir(run_dir, step)
+        path = checkpoint_dir(run_dir, step, kind)
         path = path.with_name(prefix + path.name)
         if path.name == name and prefix in ("", *PREFIXES):
             found.append(CheckpointFolder(path, prefix, step, _may_have_index(path)))
@@ -99,9 +110,9 @@ def _may_have_index(folder: Path) -> bool:
     return True
 
 
-def checkpoint_steps(run_dir: Path) -> list[int]:
+def checkpoint_steps(run_dir: Path, kind: str = CHECKPOINTS_DIR) -> list[int]:
     """Return the steps of the complete checkpoints, ascending."""
-    folders = checkpoint_folders(run_dir)
+    folders = checkpoint_folders(run_dir, kind)
     return [folder.step for folder in folders if not folder.prefix and folder.has_index]
 
 

@@ -28,25 +28,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli import RunError, UserError, run
 from pipeline.config.recipe import Recipe
-from pipeline.data.dataset import Dataset
 from pipeline.data.degradations import chain, host
 from pipeline.data.degradations.base import Degradation, Parameters
-from pipeline.data.image_files import TRAINING_LIST
 from pipeline.data.image_pixels import to_8_bits
 from pipeline.data.reader import batches
 from pipeline.data.source import CropSource, Position, Sample
 from pipeline.data.spec import DataSpec, num_threads
 from pipeline.files import write_atomically
-from pipeline.run_folder import (
-    DS_CONFIG_FILE,
-    FILE_LISTS_DIR,
-    RECIPE_FILE,
-    STATE_FILE,
-    newest_intact,
-    read_state,
-)
+from pipeline.run_folder import STATE_FILE, newest_intact, read_state
 from pipeline.training.healing import History
 from pipeline.training.options import TrainOptions, TrainPlan, make_plan
+from pipeline.training.saved_run import plan_of_run
 from tools.compare.figure import BACKGROUND, FAINT, TEXT, magnified
 from tools.images import encode
 from tools.parallel import progress, quiet_libraries
@@ -245,17 +237,7 @@ def _plan(options: Options, overrides: tuple[str, ...]) -> TrainPlan:
             f"--recipe {options.recipe} and --run {options.run}: a run has its own recipe; give "
             "only one"
         )
-    run_dir = options.run.expanduser()
-    for name in (RECIPE_FILE, DS_CONFIG_FILE, FILE_LISTS_DIR):
-        if not (run_dir / name).exists():
-            raise UserError(
-                f"{run_dir}: not a run folder (it has no {name}); give one such as runs/vapsr_x4 "
-                "to --run"
-            )
-    training.recipe, training.ds_config = str(run_dir / RECIPE_FILE), run_dir / DS_CONFIG_FILE
-    plan = make_plan(training)
-    _refuse_another_dataset(plan.dataset, run_dir)
-    return plan
+    return plan_of_run(options.run.expanduser(), options.dataset_dir, options.lr_dir, overrides)
 
 
 def _degrades_on_host(run_dir: Path) -> bool:
@@ -265,23 +247,6 @@ def _degrades_on_host(run_dir: Path) -> bool:
     """
     step = newest_intact(run_dir.expanduser(), (STATE_FILE,))
     return step is None or read_state(run_dir.expanduser(), step).get("cpu_degradation") == "host"
-
-
-def _refuse_another_dataset(dataset: Dataset, run_dir: Path) -> None:
-    lists = run_dir / FILE_LISTS_DIR
-    folders = len(list(lists.glob(f"*_{TRAINING_LIST}")))
-    if folders != len(dataset.folders):
-        raise UserError(
-            f"{run_dir}: started with {folders} dataset folders, not {len(dataset.folders)}; give "
-            "each one with --dataset-dir, in the same order"
-        )
-    differences = dataset.differences(lists)
-    if differences:
-        raise UserError(
-            f"{run_dir}: its samples cannot be recreated because the lists have changed: "
-            f"{'; '.join(differences)}; give the folders it was started with, or --recipe instead "
-            "of --run"
-        )
 
 
 def _numbers(options: Options, batch: int) -> Sequence[int]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.checkpoint.averages import SnapshotRule
 from pipeline.checkpoint.engine_state import load_engine
 from pipeline.checkpoint.progress import Progress, progress_in
 from pipeline.checkpoint.pruning import finish_replacing, set_aside, tidy
@@ -34,6 +35,7 @@ from pipeline.run_folder import (
     STATE_FILE,
     checkpoint_dir,
     checkpoint_steps,
+    power_average_file,
 )
 
 
@@ -47,6 +49,7 @@ class Contents:
     # Recipe, ds_config and dataset of the run. A run must have the same identity to continue.
     identity: Mapping[str, Any]
     sees_run_dir: bool = True  # whether this rank does; see `transfer.sees_run_dir`
+    snapshots: SnapshotRule | None = None  # of `ema.power`
 
 
 def newest_whole(
@@ -112,6 +115,9 @@ def _load(folder: Path, contents: Contents, ranks: Ranks) -> Progress:
         load_engine(engine, folder, name)
     averaged = read_network(folder / GENERATOR_EMA_FILE).state_dict
     contents.ema.network.load_state_dict(averaged)
+    for width in contents.ema.power:
+        power = read_network(folder / power_average_file(width)).state_dict
+        contents.ema.load_power_state(width, power)
     contents.ema.num_updates = json.loads((folder / STATE_FILE).read_text())["ema_updates"]
     states = folder / f"random-rank-{ranks.rank:05d}.pt"
     # A rank that did not exist when the checkpoint was saved keeps its fresh states.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.checkpoint_index import DamagedError, damage, read_index
 from pipeline.run_folder import (
+    CHECKPOINTS_DIR,
     MANIFEST_FILE,
     REMOVED,
     REPLACED,
@@ -26,10 +27,15 @@ from pipeline.run_folder import (
 )
 
 
-def prune(run_dir: Path, keep: int, also: Collection[int | None] = ()) -> list[str]:
-    """Remove all checkpoints except the newest `keep` and those of the steps `also`."""
+def prune(
+    run_dir: Path, keep: int, also: Collection[int | None] = (), kind: str = CHECKPOINTS_DIR
+) -> list[str]:
+    """Remove all checkpoints except the newest `keep` and those of the steps `also`.
+
+    `kind`: see `run_folder.checkpoint_dir`.
+    """
     intact: list[CheckpointFolder] = []
-    notes, folders = _list(run_dir)
+    notes, folders = _list(run_dir, kind)
     for folder in folders:
         if not folder.prefix and folder.has_index:
             # A checkpoint that nothing can be read from does not count as kept.
@@ -54,9 +60,12 @@ def remove_checkpoint(folder: Path) -> list[str]:
     return _remove_folder(removed)
 
 
-def tidy(run_dir: Path) -> list[str]:
-    """Remove what interrupted saves and removals have left; rename folders without an index."""
-    notes, folders = _list(run_dir)
+def tidy(run_dir: Path, kind: str = CHECKPOINTS_DIR) -> list[str]:
+    """Remove what interrupted saves and removals have left; rename folders without an index.
+
+    `kind`: see `run_folder.checkpoint_dir`.
+    """
+    notes, folders = _list(run_dir, kind)
     for folder in folders:
         if not folder.has_index:
             # Somebody removed the index, or a copy of the run was interrupted: the index comes
@@ -196,9 +205,9 @@ def _fault(path: Path) -> str:
     return "it is a link" if path.is_symlink() else damage(path)
 
 
-def _list(run_dir: Path) -> tuple[list[str], list[CheckpointFolder]]:
+def _list(run_dir: Path, kind: str) -> tuple[list[str], list[CheckpointFolder]]:
     try:
-        return [], checkpoint_folders(run_dir)
+        return [], checkpoint_folders(run_dir, kind)
     except OSError as error:
         return [f"old checkpoints could not be listed: {error}"], []
 

@@ -37,6 +37,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from pipeline.checkpoint.averages import store_averages
 from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint.engine_state import capture_engine
 from pipeline.checkpoint.progress import Progress, progress_in
@@ -62,6 +63,7 @@ from pipeline.run_folder import (
     checkpoint_dir,
     checkpoint_size,
     checkpoint_steps,
+    power_average_file,
 )
 
 Result = TypeVar("Result")
@@ -172,7 +174,7 @@ class Saver:
         _attempt_on_all_ranks(make, self._ranks, step, spill)
         # Other hosts may see the run folder and not this one, or the other way round.
         sees = self._ranks.sees_folder(spill)
-        return _Place(spill, replace(self._contents, sees_run_dir=sees), keep=1)
+        return _Place(spill, replace(self._contents, sees_run_dir=sees, snapshots=None), keep=1)
 
     def wait(self) -> SaveError | None:
         """Wait for the save in progress, if any.
@@ -218,11 +220,11 @@ class Saver:
         # Weights and their averages are the same on all ranks, so the first rank's copy is enough.
         networks = {}
         if self._ranks.is_first:
-            modules = {
-                GENERATOR_FILE: contents.engines["generator"].module,
-                GENERATOR_EMA_FILE: contents.ema.network,
-            }
-            networks = {file: snapshot.add(module.state_dict()) for file, module in modules.items()}
+            own = contents.engines["generator"].module.state_dict()
+            weights = {GENERATOR_FILE: own, GENERATOR_EMA_FILE: contents.ema.network.state_dict()}
+            for width in contents.ema.power:
+                weights[power_average_file(width)] = contents.ema.power_state(width)
+            networks = {file: snapshot.add(state) for file, state in weights.items()}
         return _Moment(
             progress.copy(),
             snapshot,
@@ -290,6 +292,9 @@ class Saver:
         # not leave fewer than `keep`.
         if writers.is_first:
             self._notes += remove_replaced(final)
+            # Before an older checkpoint is removed: a snapshot that a kill, or a full disk, has
+            # prevented is made from it now.
+            self._notes += store_averages(place.run_dir, contents.snapshots)
             self._notes += prune(place.run_dir, place.keep, moment.progress.pinned_steps)
 
 

@@ -27,7 +27,13 @@ from pydantic import (
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
-from pipeline.config.specs import AdversarialSpec, HealingSpec, NetworkSpec, PreviewsSpec
+from pipeline.config.specs import (
+    AdversarialSpec,
+    HealingSpec,
+    NetworkSpec,
+    PosthocEmaSpec,
+    PreviewsSpec,
+)
 from pipeline.data.degradations.base import DegradationSpec
 from pipeline.data.spec import PRESETS, DataSpec
 from pipeline.files import read_regular_file, write_atomically
@@ -70,7 +76,7 @@ A continued run keeps its kernels whatever `native_kernels` says, unless that is
 Model = TypeVar("Model", bound=BaseModel)
 PRESET_NAME = re.compile(r"data\.degradation(\.folders\.\d+)?\.preset")
 """Where the steps of a chain come from, which makes no difference to them."""
-RESERVED_FOLDERS = ("checkpoints", "file_lists", "samples", "tensorboard", "wandb")
+RESERVED_FOLDERS = ("averages", "checkpoints", "file_lists", "samples", "tensorboard", "wandb")
 """Folders that every run folder contains, so a stage cannot have one of these names."""
 
 
@@ -244,6 +250,7 @@ class Recipe(Spec):
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay of the averaged weights; 0 disables averaging"
     )
+    posthoc_ema: PosthocEmaSpec = PosthocEmaSpec()
     compile: Literal["auto", "on", "off", "reduce-overhead"] = Field(
         "auto",
         description="torch.compile with Inductor; auto: on a GPU, if possible; reduce-overhead: "

@@ -154,6 +154,39 @@ class HealingSpec(Spec):
         return self.times > 0
 
 
+class PosthocEmaSpec(Spec):
+    """Two further averages of the weights, from which one of any length can be made afterwards.
+
+    See `pipeline/models/posthoc_ema.py`.
+    """
+
+    snapshots: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="how many steps' averages are kept, each twice the network's size in float32; "
+        "48 are good, 6 the fewest; 0: none, also `off`; `on`: 48",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_switch(cls, value: Any) -> Any:
+        switches = {False: 0, "off": 0, True: 48, "on": 48}
+        is_switch = isinstance(value, (bool, str)) and value in switches
+        return {"snapshots": switches[value]} if is_switch else value
+
+    @field_validator("snapshots")
+    @classmethod
+    def _be_enough(cls, number: int) -> int:
+        if 0 < number < 6:
+            raise ValueError(f"{number} are too few to make an average of another length; use 6")
+        return number
+
+    @property
+    def is_on(self) -> bool:
+        return self.snapshots > 0
+
+
 class PreviewsSpec(Spec):
     """Pictures that are upscaled repeatedly while the network learns."""
 

@@ -149,6 +149,7 @@ def run_export(
     license: str,
     evaluation: Path | None,
     output_dir: Path | None,
+    average: SavedNetwork | None = None,
 ) -> int:
     """Export as `export_trained_model.py --help` describes; return the exit status.
 
@@ -163,6 +164,7 @@ def run_export(
         license_name=license,
         evaluation=evaluation,
         output_dir=output_dir,
+        average=average,
     )
     faults = verify(exported)
     for fault in faults:
@@ -215,8 +217,10 @@ def export_run(
     license_name: str = "",
     evaluation: Path | None = None,
     output_dir: Path | None = None,
+    average: SavedNetwork | None = None,
 ) -> Exported:
-    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_fp16]` in both formats.
+    """Write the run's generator at `step` to `<recipe>_x<scale>[_raw][_ema0.07][_fp16]`, in both
+    formats.
 
     The files' metadata contains the origin of the weights, see `provenance`. To check the files,
     call `verify`.
@@ -229,15 +233,17 @@ def export_run(
         license_name: licence of the weights, for the metadata.
         evaluation: report of evaluate.py on these weights, whose means are added to the metadata.
         output_dir: folder for the files; `<run_dir>/export` by default.
+        average: weights to export instead of the checkpoint's own: an average of another length
+            that ends at `step`, with its origin in its metadata.
 
     Raises:
         UserError: the run has no such checkpoint, its weights are broken, or the folder cannot be
             written.
     """
-    run_dir, step = _checkpoint_apart(Path(run_dir), step)
+    run_dir, step = checkpoint_apart(Path(run_dir), step)
     number = choose_step(run_dir, step)
     weights = run_network_file(run_dir, number, ema=not raw)
-    saved = read_network(weights)
+    saved = read_network(weights) if average is None else average
     # Fails for tensors that do not fit or are not finite, before anything is written.
     network = saved.build()
     parameters = dict(network.named_parameters())
@@ -255,17 +261,24 @@ def export_run(
             **saved.metadata,
             "recipe": recipe,
             "step": str(number),
-            "weights": "raw" if raw else "averaged (EMA)",
             "dtype": "float16" if half else _dtype(state_dict),
             "parameters": str(sum(parameter.numel() for parameter in parameters.values())),
-            **provenance(newest_stage(run_dir), number, license_name, is_averaged=not raw),
+            **provenance(
+                newest_stage(run_dir),
+                number,
+                license_name,
+                is_averaged=not raw and average is None,
+            ),
+            **({"weights": "raw" if raw else "averaged (EMA)"} if average is None else {}),
             **({} if evaluation is None else {"evaluation": evaluation_of(evaluation, weights)}),
         },
     )
     folder = run_dir / EXPORT_DIR if output_dir is None else Path(output_dir)
     check_utf8(folder, "safetensors")  # before the first file is written
     named = recipe if recipe.endswith(f"_x{saved.scale}") else f"{recipe}_x{saved.scale}"
-    stem = f"{named}{'_raw' if raw else ''}{'_fp16' if half else ''}"
+    width = saved.metadata.get("ema_sigma_rel", "")
+    kind = "_raw" if raw else f"_ema{width}" if width else ""
+    stem = f"{named}{kind}{'_fp16' if half else ''}"
     files = [folder / (stem + suffix) for suffix in FORMATS]
     try:
         for file in files:
@@ -277,7 +290,7 @@ def export_run(
     return Exported(files, saved)
 
 
-def _checkpoint_apart(path: Path, step: Step) -> tuple[Path, Step]:
+def checkpoint_apart(path: Path, step: Step) -> tuple[Path, Step]:
     """Split `run/checkpoints/step-00000400` into the run folder and step 400."""
     named = re.fullmatch(r"step-(\d{8,})", path.name)
     if not named or path.parent.name != CHECKPOINTS_DIR:

@@ -173,6 +173,7 @@ class Training:
                     is_best
                     or agreed.kind == RequestKind.SAVE
                     or progress.step % recipe.save_every == 0
+                    or self._snapshot_is_due()
                 ):
                     self._judge(meter)
                     if progress.step % recipe.save_every == 0 and progress.candidate_step is None:
@@ -315,6 +316,11 @@ class Training:
         step = self.progress.step
         is_point = step % self.recipe.validate_every == 0 or step >= self.plan.total_steps
         return is_point and self.progress.validated_step != step
+
+    def _snapshot_is_due(self) -> bool:
+        """Whether this step's averages are to be kept; a checkpoint stores them."""
+        rule = self.run.contents.snapshots
+        return rule is not None and rule.includes(self.progress.step)
 
     def _log(self, meter: TrainMeter, loader: Loader) -> None:
         self._judge(meter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.progress import read_progress
@@ -15,11 +16,14 @@ from pipeline.checkpoint_index import DamagedError, damage, read_index
 from pipeline.cli import UserError
 from pipeline.config.ds_config import ds_differences, precision_of
 from pipeline.config.recipe import changes, recipe_differences, recipe_of
+from pipeline.data.image_files import TRAINING_LIST
 from pipeline.distributed.gpus import is_cpu_wanted, may_have_gpu
 from pipeline.distributed.launcher import GUARDED, find_rank_info
 from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.run_folder import (
+    DS_CONFIG_FILE,
     FILE_LISTS_DIR,
+    RECIPE_FILE,
     REPLACED,
     STATE_FILE,
     WEIGHTS_FILES,
@@ -28,7 +32,7 @@ from pipeline.run_folder import (
     checkpoint_steps,
     newest_intact,
 )
-from pipeline.training.options import TrainPlan
+from pipeline.training.options import TrainOptions, TrainPlan, make_plan
 
 
 def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], index: dict[str, Any]) -> None:
@@ -84,6 +88,44 @@ def as_recorded(plan: TrainPlan) -> TrainPlan | None:
                     params |= {key: recorded[key]} if key in recorded else {}
             return plan.with_start_params(params, adopted)
     return None
+
+
+def plan_of_run(
+    run_dir: Path,
+    dataset_dir: tuple[Path, ...] = (),
+    lr_dir: tuple[Path, ...] = (),
+    overrides: tuple[str, ...] = (),
+) -> TrainPlan:
+    """Return the plan of the run (or stage) in `run_dir`, from its own recipe, with its dataset.
+
+    Raises `UserError` if it is no run folder, or if the dataset's lists have changed since.
+    """
+    for name in (RECIPE_FILE, DS_CONFIG_FILE, FILE_LISTS_DIR):
+        if not (run_dir / name).exists():
+            raise UserError(
+                f"{run_dir}: not a run folder (it has no {name}); give one such as runs/vapsr_x4"
+            )
+    options = TrainOptions(
+        overrides,
+        recipe=str(run_dir / RECIPE_FILE),
+        ds_config=run_dir / DS_CONFIG_FILE,
+        dataset_dir=dataset_dir,
+        lr_dir=lr_dir,
+    )
+    plan = make_plan(options)
+    lists = run_dir / FILE_LISTS_DIR
+    folders = len(list(lists.glob(f"*_{TRAINING_LIST}")))
+    if folders != len(plan.dataset.folders):
+        raise UserError(
+            f"{run_dir}: started with {folders} dataset folders, not {len(plan.dataset.folders)}; "
+            "give each one with --dataset-dir, in the same order"
+        )
+    if differences := plan.dataset.differences(lists):
+        raise UserError(
+            f"{run_dir}: its dataset's lists have changed: {'; '.join(differences)}; give the "
+            "folders it was started with, with --dataset-dir"
+        )
+    return plan
 
 
 def newest_of_previous(plan: TrainPlan) -> int | None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import checkpoint, spill, transfer
+from pipeline.checkpoint.averages import SnapshotRule, remove_averages_after
 from pipeline.checkpoint.checkpoint import Contents
 from pipeline.checkpoint.progress import Progress, read_progress
 from pipeline.checkpoint_index import read_index
@@ -44,6 +45,7 @@ from pipeline.models.common import checkpoint_activations
 from pipeline.models.depthwise import faster_kernel, may_use_native, use_kernel
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.ema import ExponentialMovingAverage
+from pipeline.models.posthoc_ema import WIDTHS
 from pipeline.models.weights import SavedNetwork
 from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
@@ -264,6 +266,9 @@ def _find_run(
             f"which is now at step {newest}; to start the stage again, move "
             f"{short_path(plan.run_dir)} away"
         )
+    ranks.on_all_ranks(
+        lambda: remove_averages_after(plan.run_dir, step or 0) if ranks.is_first else None
+    )
     return _SavedRun(step, {**identity, "began_with_step": began}, sees_run_dir, history)
 
 
@@ -310,8 +315,9 @@ def build_networks(
     layout = _layout(plan, generator, micro_batch, began, ranks)
     # Copy the weights into the average before the engine takes them: it may cast them to half
     # precision.
-    ema = ExponentialMovingAverage(generator, recipe.ema_decay)
-    ema.network.to(ranks.device)
+    widths = WIDTHS if recipe.posthoc_ema.is_on else ()
+    ema = ExponentialMovingAverage(generator, recipe.ema_decay, widths)
+    ema.to(ranks.device)
     # PyTorch's kernel, so that validation measures exactly what evaluate.py will measure.
     use_kernel(ema.network, "torch")
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
@@ -344,7 +350,15 @@ def _restore(
         {},
         {"recipe": recipe.name, **({"stage": recipe.stage} if recipe.stage else {})},
     )
-    contents = Contents(trainer.engines, trainer.ema, described, saved.identity, saved.sees_run_dir)
+    most = recipe.posthoc_ema.snapshots
+    contents = Contents(
+        trainer.engines,
+        trainer.ema,
+        described,
+        saved.identity,
+        saved.sees_run_dir,
+        SnapshotRule(most, plan.total_steps) if most else None,
+    )
     # From here on each rank draws its own random numbers (labels, instance noise).
     _seed(recipe.seed + 1 + ranks.rank)
     progress = (

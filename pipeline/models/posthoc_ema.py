@@ -1,0 +1,117 @@
+"""Averages of weights whose length is chosen after training.
+
+Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2024), section 3
+and appendix C. A power-function average after t updates weights the network after update s with
+
+    w(s) = (s/t)^(gamma+1) - (s'/t)^(gamma+1),    s' the sampled update before s,
+
+so its width stays the same share of the run, `sigma_rel`, however long the run gets, and the
+initial weights count for nothing. A run keeps two of them, of the `WIDTHS`. An average of any other
+width is a sum of their states at several steps; least squares find the factors. Here are the
+weights w and the factors; `ema.py` updates the averages, `checkpoint/averages.py` stores them.
+
+An average of the last 1 % of a million updates would move by less than a ten-thousandth per update,
+and float32 would round many of these moves away. So of a long run not every update is sampled, but
+one of every block of 2, 4, 8…, at least 1,024 in each doubling of the run. Which one of its block
+varies like the golden ratio's multiples: weights that swing from update to update must not always
+be met on the same side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WIDTHS = (0.05, 0.10)
+"""sigma_rel of the two averages that a run keeps."""
+WIDEST = 12**-0.5
+"""sigma_rel of the plain mean of all updates."""
+LARGEST_ERROR = 0.1
+"""Of a reconstructed average's weights w, relative. What needs more is refused."""
+GOLDEN = 0x9E3779B1  # 2^32 divided by the golden ratio
+SAMPLED_BITS = 11  # blocks of several updates begin at update 2^11
+
+
+def exponent(sigma_rel: float) -> float:
+    """Return gamma of the power-function average of relative width `sigma_rel`, above 0.
+
+    `sigma_rel` is the standard deviation of the weights w, as a share of t. Raises `ValueError`
+    above `WIDEST`.
+    """
+    if not 0 < sigma_rel <= WIDEST * (1 + 1e-9):
+        raise ValueError(f"sigma_rel {sigma_rel} is not above 0 and at most {WIDEST:.4f}")
+    # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), their equation 126
+    roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
+    return max(0.0, float(roots.real.max()))
+
+
+def sampled(update: int) -> int:
+    """Return the newest sampled update up to `update`; 0 before the first."""
+    block = 1 << max(0, update.bit_length() - SAMPLED_BITS)
+    first = update - update % block
+    own = first + ((first // block * GOLDEN & 0xFFFFFFFF) * block >> 32)
+    return own if own <= update else sampled(first - 1)
+
+
+def kept_share(update: int, gamma: float) -> float:
+    """Return which share of the average the sampled `update` (1, 2, …) keeps."""
+    return (sampled(update - 1) / update) ** (gamma + 1)
+
+
+def coefficients(
+    ends: Sequence[int], widths: Sequence[float], end: int, width: float
+) -> tuple[np.ndarray, float]:
+    """Return the factors of stored averages whose sum is nearest to the average of `width` at
+    `end`.
+
+    Args:
+        ends: updates at which the averages were stored, at most `end`.
+        widths: their sigma_rel.
+        end: update at which the wanted average ends.
+        width: its sigma_rel.
+
+    Returns:
+        The factors, float64 with the sum 1, and the relative error: the square root of the integral
+        of the squared difference of the weights w, divided by that of the squared wanted ones.
+    """
+    updates = [0, last := sampled(end)]
+    while updates[-1]:
+        updates.append(last := sampled(last - 1))
+    times = np.array(updates[:0:-1], dtype=np.float64)  # 0, the sampled updates
+    spans = np.sqrt(np.diff(times))
+
+    def density(until: int, sigma_rel: float) -> np.ndarray:
+        reached = np.minimum(times / sampled(until), 1.0) ** (exponent(sigma_rel) + 1)
+        return np.diff(reached) / spans
+
+    basis = np.stack([density(*stored) for stored in zip(ends, widths, strict=True)])
+    wanted = density(end, width)
+    # Scaled to unit length, because late averages are narrow and early ones long.
+    lengths = np.linalg.norm(basis, axis=1)
+    basis /= lengths[:, None]
+    # The factors' sum is fixed by a Lagrange multiplier, so that weights that do not change are
+    # reconstructed exactly.
+    count, sums = len(basis), 1 / lengths
+    sums, scale = sums / np.linalg.norm(sums), np.linalg.norm(sums)
+    matrix = np.zeros((count + 1, count + 1))
+    matrix[:count, :count], matrix[:count, count], matrix[count, :count] = (
+        basis @ basis.T,
+        sums,
+        sums,
+    )
+    solution, *_ = np.linalg.lstsq(matrix, np.append(basis @ wanted, 1 / scale), rcond=1e-13)
+    factors = solution[:count]
+    error = np.linalg.norm(factors @ basis - wanted) / np.linalg.norm(wanted)
+    return factors / lengths, float(error)
+
+
+def is_snapshot_step(step: int, total_steps: int, most: int) -> bool:
+    """Whether the averages are stored at `step`: about `most` times in a run of `total_steps`.
+
+    Spaced by a fixed share of the steps so far, 1/16 to 1/32 if `most` is 48, because that is how
+    the averages' length grows; in the first quarter of the run, evenly.
+    """
+    per_doubling = 1 << max(0, (most // 3).bit_length() - 1)
+    spacing = 1 << max(0, (step // per_doubling).bit_length() - 1)
+    return step > 0 and step % max(spacing, total_steps // (4 * per_doubling), 1) == 0
