@@ -41,7 +41,7 @@ def exponent(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel <= WIDEST * (1 + 1e-9):
         raise ValueError(f"sigma_rel {sigma_rel} is not above 0 and at most {WIDEST:.4f}")
-    # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), their equation 126
+    # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic in gamma
     roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
     return max(0.0, float(roots.real.max()))
 

@@ -22,8 +22,8 @@ from pipeline.checkpoint.averages import (
     usable_widths,
 )
 from pipeline.checkpoint.progress import read_progress
-from pipeline.cli import UserError, bar_options
-from pipeline.config.recipe import BestSpec
+from pipeline.cli import bar_options
+from pipeline.config.recipe import recipe_of
 from pipeline.distributed.gpus import torch_gpus
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.layout import LAYOUTS
@@ -74,13 +74,9 @@ class Judge:
         plan = plan_of_run(run_dir, dataset_dir, lr_dir)
         recipe = plan.recipe
         if metric is not None:
-            row = metric_of(metric)
-            if row.trunks and getattr(recipe, f"validation_{row.name}") == "off":
-                raise UserError(
-                    f"--metric {metric}: the run's recipe has validation_{row.name}: off; choose "
-                    "another metric"
-                )
-            recipe = recipe.model_copy(update={"best": BestSpec(metric=row.key)})
+            best = {"metric": metric_of(metric).key}
+            values = {**recipe.model_dump(mode="json"), "best": best}
+            recipe = recipe_of(values, f"--metric {metric}")
         steps = checkpoint_steps(run_dir)
         layout = read_progress(run_dir, steps[-1]).layout if steps else ""
         device = torch.device("cuda" if torch_gpus() else "cpu")
