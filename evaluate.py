@@ -1,4 +1,4 @@
-"""Measure models against bicubic upscaling: PSNR, SSIM, LPIPS, pictures and an HTML page."""
+"""Measure models against bicubic upscaling: PSNR, SSIM, LPIPS, DISTS, NIQE, pictures, a page."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ class Options:
         Path | None, arg(help_behavior_hint="(default: torchvision's cache)")
     ] = None
     """File of that trunk's weights."""
+    dists: Literal["off", "vgg"] = "off"
+    """Also measure DISTS, with this trunk, VGG16. Lower is better."""
+    dists_weights: Annotated[
+        Path | None, arg(help_behavior_hint="(default: torchvision's cache)")
+    ] = None
+    """File of that trunk's weights."""
+    niqe: Annotated[Path | None, arg(help_behavior_hint="(default: not measured)")] = None
+    """Also measure NIQE, which needs no HR: a file of the parameters of natural photographs, made
+    by tools/fit_niqe.py, or BasicSR's. Lower is better."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto uses the GPU if there is one."""
     procs: Annotated[int, arg(help_behavior_hint="(default: one per GPU)")] = 0

@@ -58,6 +58,7 @@ DATA_COMMANDS = {
     ),
     "convert": Command("tools/convert_dataset.py", "store a dataset in another file format"),
     "benchmark": Command("tools/benchmark_formats.py", "time the file formats on a dataset"),
+    "niqe": Command("tools/fit_niqe.py", "fit NIQE's parameters to sharp photographs"),
     "monitor": Command("tools/monitor_folder.py", "watch a folder grow"),
     "demo": Command("tools/make_demo_dataset.py", "make the demo dataset"),
     "test-images": Command("tools/make_test_images.py", "make synthetic images for experiments"),

@@ -66,6 +66,9 @@ class Options(Protocol):
     html: Path | None
     lpips: str
     lpips_weights: Path | None
+    dists: str
+    dists_weights: Path | None
+    niqe: Path | None
     device: str
     procs: int
 
@@ -197,13 +200,19 @@ def _prepare(options: Options, subject: Subject | None, place: RankInfo) -> Eval
 
 
 def _measures(options: Options, device: Device) -> list[Measure]:
-    """Load all metrics that need no trunk, and those for which the options choose one."""
-    weights = None if options.lpips_weights is None else str(options.lpips_weights)
-    if options.lpips == "off" and weights is not None:
-        raise UserError(
-            f"--lpips-weights {weights} without --lpips; add --lpips alex, squeeze or vgg"
-        )
-    trunks = {} if options.lpips == "off" else {"lpips": Trunk(options.lpips, weights)}
+    """Load all metrics that need no trunk, and those for which the options name one."""
+    trunks = {}
+    for name, trunk, file in (
+        ("lpips", options.lpips, options.lpips_weights),
+        ("dists", options.dists, options.dists_weights),
+        ("niqe", "off" if options.niqe is None else "natural", options.niqe),
+    ):
+        if trunk != "off":
+            trunks[name] = Trunk(trunk, None if file is None else str(file))
+        elif file is not None:
+            *others, last = METRICS[name].trunks
+            choice = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"--{name}-weights {file} without --{name}; add --{name} {choice}")
     return load_measures(METRICS.values(), trunks, str(device))
 
 

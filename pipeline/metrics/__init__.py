@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Trunk(NamedTuple):
-    """The pretrained network whose features a metric compares."""
+    """What a metric compares with: a pretrained network's features, or NIQE's natural images."""
 
     network: str
     weights: str | None = None
-    """File with its weights; `None` uses torch's cache."""
+    """File with its weights or parameters; `None` uses torch's cache."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,16 @@ METRICS: dict[str, Metric] = {
             4,
             lower_is_better=True,
             trunks=("vgg",),
+        ),
+        Metric(
+            "niqe",
+            "NIQE",
+            "pipeline.metrics.niqe:NiqeMetric",
+            3,
+            lower_is_better=True,
+            smallest_side=192,
+            trunks=("natural",),
+            limit=100.0,
         ),
     )
 }
