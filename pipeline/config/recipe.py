@@ -33,6 +33,7 @@ from pipeline.config.specs import (
     NetworkSpec,
     PosthocEmaSpec,
     PreviewsSpec,
+    TeacherSpec,
 )
 from pipeline.data.degradations.base import DegradationSpec
 from pipeline.data.spec import PRESETS, DataSpec
@@ -241,6 +242,7 @@ class Recipe(Spec):
         description="loss name -> weight, or a table of weight and the loss's own parameters",
     )
     adversarial: AdversarialSpec | None = None
+    teacher: TeacherSpec | None = None
     data: DataSpec = DataSpec()
     ds_config: str = Field(
         "ds_config.json", description="DeepSpeed's file, relative to the checkout's root"

@@ -112,6 +112,28 @@ class AdversarialSpec(Spec):
         return self
 
 
+class TeacherSpec(Spec):
+    """A frozen network of the same scale, which the network in training learns to imitate."""
+
+    file: str = Field(description="the teacher: a weights file, or a run folder (its best step)")
+    weight: Number = Field(
+        1.0, ge=0, description="weight of the L1 between the outputs of the two networks"
+    )
+    feature_weight: Number = Field(
+        0.0,
+        ge=0,
+        description="weight of the L1 between the affinities of their features; 0: not compared",
+    )
+
+    @model_validator(mode="after")
+    def _teaches(self) -> TeacherSpec:
+        if not self.weight and not self.feature_weight:
+            raise ValueError(
+                "weight and feature_weight are both 0; give one of them, or omit the teacher"
+            )
+        return self
+
+
 class HealingSpec(Spec):
     """When a run goes back to an earlier step because it has diverged, and what it changes."""
 

@@ -52,6 +52,8 @@ def refuse_other_run(plan: TrainPlan, wanted: dict[str, Any], index: dict[str, A
         )
     ]
     differences += changes({"precision": found["precision"]}, {"precision": wanted["precision"]})
+    if wanted.get("teacher_sha256", found.get("teacher_sha256")) != found.get("teacher_sha256"):
+        differences.append("the weights in teacher.file have changed")
     # A run of an earlier version may have recorded fewer keys.
     known = {key: wanted["dataset"].get(key) for key in found["dataset"]}
     changed = changes(found["dataset"], known, "dataset ")

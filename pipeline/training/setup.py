@@ -56,6 +56,7 @@ from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.saved_run import newest_of_previous, refuse_other_run
 from pipeline.training.start import load_start_discriminator, load_start_weights
+from pipeline.training.teacher import Teacher, read_teacher
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
 
@@ -235,6 +236,10 @@ def _find_run(
 ) -> _SavedRun:
     """Find the run on disk; raise `UserError` if it is a different one."""
     identity = {**plan.identity, "precision": precision}
+    if plan.recipe.teacher:
+        identity["teacher_sha256"] = ranks.agree(
+            ranks.on_all_ranks(lambda: read_teacher(plan.recipe)[1] if ranks.is_first else "")
+        )
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
     ranks.on_all_ranks(lambda: spill.bring_back(plan.run_dir, say) if ranks.is_first else None)
     history = History.read(plan.run_dir, ranks)
@@ -388,8 +393,9 @@ def _trainer(
     for trunk in criterion.trunks:
         # No CUDA graphs, which would overwrite the features of HR with those of SR.
         _compile(trunk, recipe, ranks, began, channels_last=layout == "channels_last", graphs=False)
+    teacher = _teacher(plan, engine.module, ranks, layout, began) if recipe.teacher else None
     if spec is None:
-        return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout])
+        return ReconstructionTrainer(engine, criterion, ema, LAYOUTS[layout], teacher)
     assert plan.discriminator_ds_config is not None
     ds_config, *_ = resolve_ds_config(
         plan.discriminator_ds_config,
@@ -409,7 +415,22 @@ def _trainer(
         )
     discriminator = build_engine(network, ds_config, ranks, plan.runtime)
     _compile(discriminator.module, recipe, ranks, began, channels_last=layout == "channels_last")
-    return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout])
+    return AdversarialTrainer(engine, discriminator, criterion, ema, spec, LAYOUTS[layout], teacher)
+
+
+def _teacher(
+    plan: TrainPlan, student: nn.Module, ranks: Ranks, layout: str, began: Progress | None
+) -> Teacher:
+    """Build the recipe's teacher on every rank; only the first rank's host may have its file."""
+    recipe = plan.recipe
+    assert recipe.teacher is not None
+    saved, _ = ranks.agree(
+        ranks.on_all_ranks(lambda: read_teacher(recipe) if ranks.is_first else (None, ""))
+    )
+    network = saved.build().to(ranks.device, memory_format=LAYOUTS[layout])
+    teacher = Teacher(network, student, recipe.teacher, recipe.data.crop // recipe.scale)
+    _compile(network, recipe, ranks, began, channels_last=layout == "channels_last", graphs=False)
+    return teacher
 
 
 def _criterion(recipe: Recipe, device: torch.device | str) -> Criterion:

@@ -21,6 +21,7 @@ from pipeline.losses.adversarial import (
 )
 from pipeline.models.discriminators import frozen
 from pipeline.models.ema import ExponentialMovingAverage
+from pipeline.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ReconstructionTrainer:
         criterion: Criterion,
         ema: ExponentialMovingAverage,
         memory_format: torch.memory_format = torch.contiguous_format,
+        teacher: Teacher | None = None,
     ) -> None:
         self.generator, self.criterion, self.ema, self.memory_format = (
             generator,
@@ -49,6 +51,7 @@ class ReconstructionTrainer:
             ema,
             memory_format,
         )
+        self.teacher = teacher
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -64,9 +67,10 @@ class ReconstructionTrainer:
         if self.uses_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         lr = _to_input(batch.lr).contiguous(memory_format=self.memory_format)
-        losses = self.criterion(
-            self.generator(lr), batch.hr, averaged_output(self.criterion, self.ema, lr)
-        )
+        sr = self.generator(lr)
+        losses = self.criterion(sr, batch.hr, averaged_output(self.criterion, self.ema, lr))
+        if self.teacher is not None:
+            losses |= self.teacher.losses(sr, lr)
         at_boundary = self.generator.is_gradient_accumulation_boundary()
         backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
@@ -94,6 +98,7 @@ class AdversarialTrainer:
         ema: ExponentialMovingAverage,
         spec: AdversarialSpec,
         memory_format: torch.memory_format = torch.contiguous_format,
+        teacher: Teacher | None = None,
     ) -> None:
         self.generator, self.discriminator, self.criterion, self.ema = (
             generator,
@@ -106,6 +111,7 @@ class AdversarialTrainer:
             ADVERSARIAL_LOSSES[spec.loss],
             memory_format,
         )
+        self.teacher = teacher
         self._noise = 0.0  # standard deviation of this step's instance noise
         # The last micro-batch's logits, from the discriminator's own part.
         self.logits: dict[str, Tensor] = {}
@@ -142,6 +148,8 @@ class AdversarialTrainer:
 
     def _update_generator(self, lr: Tensor, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         losses = self.criterion(sr, hr, averaged_output(self.criterion, self.ema, lr))
+        if self.teacher is not None:
+            losses |= self.teacher.losses(sr, lr)
         with frozen(self.discriminator.module):
             fake = self._logits(self.discriminator.module, sr)
             real = None
