@@ -82,6 +82,12 @@ PANELS = (
         (Curve("d_real", "HR"), Curve("d_fake", "SR", "--")),
     ),
     Panel(
+        "share of the discriminator's turns skipped",
+        "train",
+        (Curve("d_turns_skipped"),),
+        from_zero=True,
+    ),
+    Panel(
         "gradient norm",
         "train",
         (

@@ -35,6 +35,8 @@ class Progress:
     candidate_step: int | None = None  # a later checkpoint whose window has not passed yet
     returns: int = 0  # times the run had gone back to an earlier step before this checkpoint
     health: dict[str, Any] = field(default_factory=dict)  # what the health rule remembers
+    # What the rule for the discriminator's turns remembers; empty without one.
+    turns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def pinned_steps(self) -> set[int]:

@@ -61,6 +61,32 @@ class LabelsSpec(Spec):
         return self
 
 
+class AdaptiveSpec(Spec):
+    """When the discriminator skips its turns because it is winning.
+
+    Its loss, averaged over `every` steps, is compared with that of a discriminator that guesses.
+    """
+
+    skip_below: Number = Field(
+        0.25, gt=0, lt=1, description="share of that loss below which it skips its turns"
+    )
+    resume_above: Number = Field(
+        0.4, gt=0, lt=1, description="share from which on it takes them again"
+    )
+    every: int = Field(
+        20, ge=1, description="steps between decisions; each waits for the device once"
+    )
+
+    @model_validator(mode="after")
+    def _keep_order(self) -> AdaptiveSpec:
+        if self.skip_below > self.resume_above:
+            raise ValueError(
+                f"skip_below {self.skip_below:g} is above resume_above {self.resume_above:g}; "
+                "swap or change them"
+            )
+        return self
+
+
 class AdversarialSpec(Spec):
     """A discriminator trained against the generator."""
 
@@ -81,8 +107,17 @@ class AdversarialSpec(Spec):
         1, ge=1, description="steps between updates of the discriminator"
     )
     generator_every: int = Field(1, ge=1, description="steps between updates of the generator")
+    adaptive: AdaptiveSpec | None = Field(
+        None, description="skip the discriminator's turns while it is winning; on, off or a table"
+    )
     labels: LabelsSpec = LabelsSpec()
     instance_noise: InstanceNoiseSpec = InstanceNoiseSpec()
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _accept_a_switch(cls, value: Any) -> Any:
+        switches = {False: None, "off": None, True: {}, "on": {}}
+        return switches.get(value, value) if isinstance(value, (bool, str)) else value
 
     @field_validator("loss")
     @classmethod
@@ -108,6 +143,11 @@ class AdversarialSpec(Spec):
             raise ValueError(
                 "one of discriminator_every and generator_every must be 1, so that every step "
                 "updates a network"
+            )
+        if self.adaptive and self.generator_every > 1:
+            raise ValueError(
+                "adaptive skips the discriminator's turns while it is winning, and generator_every "
+                "gives it more turns than the generator; omit one of them"
             )
         return self
 

@@ -6,12 +6,13 @@ Jolicoeur-Martineau 2018; relativistic: its paired form. The relativistic losses
 rank's micro-batch.
 
 A loss consists of two functions and a row in `ADVERSARIAL_LOSSES`; a recipe selects it with
-`adversarial.loss`.
+`adversarial.loss`. Of a discriminator with several scales, each scale's logits have their loss, and
+`mean_over_scales` is the discriminator's or the generator's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -77,6 +78,11 @@ def discriminator_loss(loss: AdversarialLoss, real: Tensor, fake: Tensor, labels
     """Return the discriminator's loss, a scalar, with the flipped samples swapped."""
     real, fake = torch.where(labels.flipped, fake, real), torch.where(labels.flipped, real, fake)
     return loss.discriminator(real, fake, labels)
+
+
+def mean_over_scales(values: Sequence[Tensor]) -> Tensor:
+    """Return the mean of one scalar per scale."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
 
 
 def vanilla_generator(fake: Tensor, real: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shared by several generators: checks of arguments, initialisation, norms for mixed precision."""
+"""Shared by several networks: checks of arguments, initialisation, norms for mixed precision."""
 
 from __future__ import annotations
 
@@ -81,6 +81,69 @@ def layer_norm(
     with torch.autocast("cpu", enabled=False):
         weight, bias = (None if value is None else value.float() for value in (weight, bias))
         return F.layer_norm(features.float(), shape, weight, bias, eps).bfloat16()
+
+
+class SpectralConv2d(nn.Module):
+    """A convolution whose weight is divided by its largest singular value.
+
+    Miyato et al., ICLR 2018. As in `torch.nn.utils.spectral_norm`, and with its tensor names, one
+    power iteration per training pass updates the singular vectors `weight_u` and `weight_v`. In
+    addition, it supports weights in half precision with vectors in float32 and computes in float32,
+    and 15 initial iterations make the first passes accurate.
+    """
+
+    weight_u: Tensor
+    weight_v: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        stride: int,
+        has_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(in_features, out_features, kernel_size, stride, (kernel_size - 1) // 2)
+        self.stride, self.padding = conv.stride, conv.padding
+        self.is_iterating = True
+        self.weight_orig = conv.weight
+        self.bias = conv.bias if has_bias else None
+        matrix = self.weight_orig.detach().flatten(1)
+        self.register_buffer(
+            "weight_u", F.normalize(torch.randn(matrix.shape[0]), dim=0, eps=1e-12)
+        )
+        self.register_buffer(
+            "weight_v", F.normalize(torch.randn(matrix.shape[1]), dim=0, eps=1e-12)
+        )
+        for _ in range(15):
+            self._iterate(matrix)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Convolve NCHW features with a padding of (kernel size - 1) // 2.
+
+        A 3x3 kernel with stride 1 keeps H and W; a 4x4 kernel with stride 2 halves them.
+        """
+        weight = self.weight_orig.to(torch.promote_types(self.weight_orig.dtype, torch.float32))
+        matrix = weight.flatten(1)
+        if self.training and self.is_iterating:
+            u, v = self._iterate(matrix.detach())
+        else:  # copies, because later passes change the buffers before the backward pass
+            u, v = (vector.to(weight.dtype, copy=True) for vector in (self.weight_u, self.weight_v))
+        weight = weight / torch.dot(u, torch.mv(matrix, v))
+        return F.conv2d(features, weight.to(features.dtype), self.bias, self.stride, self.padding)
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Do one power iteration and return the new left and right singular vectors.
+
+        The buffers are updated in their own dtype.
+        """
+        v = F.normalize(torch.mv(matrix.t(), self.weight_u.to(matrix.dtype)), dim=0, eps=1e-12)
+        u = F.normalize(torch.mv(matrix, v), dim=0, eps=1e-12)
+        self.weight_u.copy_(u)
+        self.weight_v.copy_(v)
+        return u, v
 
 
 def checkpoint_activations(network: nn.Module) -> int:

@@ -22,7 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.cli import UserError, run
 from pipeline.config.recipe import Recipe, load_recipe, parse_overrides
 from pipeline.models import build_generator
-from pipeline.models.discriminators import build_discriminator
+from pipeline.models.discriminators import (
+    AttentionUNetDiscriminator,
+    PatchDiscriminator,
+    build_discriminator,
+)
 from pipeline.models.spandrel import SpandrelNetwork
 from pipeline.models.weights import SUFFIXES, read_network
 from pipeline.run_folder import run_network_file
@@ -133,6 +137,11 @@ def _field(network: nn.Module, scale: int) -> tuple[int, int] | str:
     # The reach of attention windows depends on the position.
     if isinstance(network, SpandrelNetwork) and not network.is_convolutional:
         return NOT_MEASURED
+    # Of several scales, that of the finest. A patch's logits are several pixels apart.
+    if isinstance(network, PatchDiscriminator):
+        return network.receptive_field, network.receptive_field
+    if isinstance(network, AttentionUNetDiscriminator):
+        network = network.scales[0]
     return receptive_field(network, scale) or GLOBAL
 
 
@@ -211,6 +220,8 @@ def _run_on_meta(
 ) -> tuple[list[Layer], int, tuple[int, ...]]:
     """Return layers in execution order, total multiply-adds and output shape, for one image.
 
+    Of a discriminator with several scales, the shape is that of the finest logits.
+
     Runs on the meta device, without computing anything.
     """
     network = copy.deepcopy(network).to("meta")
@@ -247,7 +258,8 @@ def _run_on_meta(
         )
         for name in [*shapes, *(name for name in parts if name not in shapes)]
     ]
-    return layers, counter.get_total_flops() // 2, tuple(output.shape)
+    finest = output if isinstance(output, Tensor) else output[0]
+    return layers, counter.get_total_flops() // 2, tuple(finest.shape)
 
 
 def format_report(report: Report) -> str:

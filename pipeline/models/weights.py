@@ -272,12 +272,14 @@ def _strip_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-# Tensors that identify discriminators: BasicSR's two (and ours), the first ESRGAN's, and
-# SRGAN-PyTorch's.
+# Tensors that identify discriminators: BasicSR's two (and ours), the first ESRGAN's,
+# SRGAN-PyTorch's, and ours with several scales.
 DISCRIMINATORS = (
     ("conv0_0.weight", "linear2.weight"),
     ("conv0.weight", "conv9.weight"),
     ("features.0.weight", "classifier.0.weight"),
+    ("scales.0.conv0.weight",),
+    ("scales.0.0.weight",),
 )
 METADATA_KEY = "vastscale"
 

@@ -1,9 +1,13 @@
-"""The health rule: whether a run has diverged, from what each update and each validation showed.
+"""Rules that judge a run by what its updates showed.
 
-It looks at blocks of 10 updates and compares the median of each with those of earlier blocks, so a
-single bad batch is no alarm. All ranks apply it to the same numbers, at any time after the updates,
-and reach the same verdict: no step waits for it. What it remembers is part of a checkpoint, so a
-continued run judges as one that was never stopped. Imports no torch.
+The health rule decides whether a run has diverged, also from its validations. It looks at blocks of
+10 updates and compares the median of each with those of earlier blocks, so a single bad batch is no
+alarm. The turn rule decides whether the discriminator skips its turns.
+
+All ranks apply a rule to the same numbers and reach the same verdict: the health rule at any time
+after the updates, so that no step waits for it, the turn rule every so many updates. What the rules
+remember is part of a checkpoint, so a continued run judges as one that was never stopped. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config.specs import HealingSpec
+from pipeline.cli import UserError
+from pipeline.config.specs import AdaptiveSpec, HealingSpec
 
 BLOCK = 10  # updates
 NUM_BLOCKS = 10  # that a block is compared with
@@ -245,3 +250,61 @@ class HealthRule:
             step,
             BOTH,
         )
+
+
+@dataclass(frozen=True)
+class TurnChange:
+    """The discriminator begins to skip its turns, or takes them again."""
+
+    step: int  # number of updates done before it
+    skips: bool
+    loss: float  # of the discriminator, averaged over the updates that decided
+    share: float  # of the loss of guessing
+
+
+class TurnRule:
+    """Decides whether the discriminator skips its turns, because it is winning.
+
+    Wu et al. 2016 (3D-GAN) skip the update of a discriminator that was right about more than 80 %
+    of a batch. Here its loss counts, which means the same for every adversarial loss as a share of
+    the loss of guessing, averaged over `every` updates, with two limits so that it does not change
+    its mind at each decision. The loss is also measured in turns that are skipped.
+
+    `indifferent`: the discriminator's loss when it cannot tell real from fake.
+    `state`: what an earlier rule of the run remembered, see `state`.
+    """
+
+    def __init__(self, spec: AdaptiveSpec, indifferent: float, state: Mapping[str, Any]) -> None:
+        if indifferent <= 0:
+            raise UserError(
+                "adversarial.adaptive compares the discriminator's loss with that of guessing, "
+                f"which is {indifferent:g} for this adversarial.loss; choose a loss for which it "
+                "is above 0, or omit adaptive"
+            )
+        self._spec, self._indifferent = spec, indifferent
+        self._losses: list[float] = list(state.get("losses", ()))
+        self.skips: bool = state.get("skips", False)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Return what the rule remembers, as plain values that JSON keeps exactly."""
+        return {"losses": list(self._losses), "skips": self.skips}
+
+    def is_due(self, step: int) -> bool:
+        """Whether the rule decides after `step` updates, and must know what they showed."""
+        return step % self._spec.every == 0
+
+    def judge(self, facts: Sequence[StepFacts]) -> TurnChange | None:
+        """Take note of the next updates, up to the next decision at most; return a change."""
+        for fact in facts:
+            loss = fact.statistics.get("discriminator", math.nan)
+            if math.isfinite(loss):
+                self._losses.append(loss)
+        if not facts or not self.is_due(facts[-1].step) or not self._losses:
+            return None
+        loss, self._losses = statistics.fmean(self._losses), []
+        share, before = loss / self._indifferent, self.skips
+        self.skips = share < (self._spec.resume_above if before else self._spec.skip_below)
+        if self.skips == before:
+            return None
+        return TurnChange(facts[-1].step, self.skips, loss, share)

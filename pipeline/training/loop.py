@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -24,13 +25,13 @@ from pipeline.monitor.console import Console
 from pipeline.monitor.journal import duration
 from pipeline.run_folder import announce_end
 from pipeline.training.healing import DivergedError
-from pipeline.training.health import HealthRule, Violation
+from pipeline.training.health import HealthRule, StepFacts, TurnRule, Violation
 from pipeline.training.memory import explain_out_of_memory
 from pipeline.training.meter import SkippedFiles, TrainMeter
 from pipeline.training.reporting import Reporter
 from pipeline.training.saved_run import nothing_left
 from pipeline.training.setup import Run
-from pipeline.training.trainers import indifferent_loss
+from pipeline.training.trainers import AdversarialTrainer, indifferent_loss
 from pipeline.training.validation import is_better
 
 RETRY_SECONDS = 5  # between two tries of a run's last save
@@ -51,9 +52,13 @@ class Training:
         )
         self.loader: Loader | None = None
         self.agreement = Agreement(self.ranks)
-        self._rule = HealthRule(
-            self.recipe.healing, indifferent_loss(run.trainer), run.progress.health
-        )
+        indifferent = indifferent_loss(run.trainer)
+        self._rule = HealthRule(self.recipe.healing, indifferent, run.progress.health)
+        self._turns: TurnRule | None = None  # of the discriminator, if it may skip any
+        if isinstance(run.trainer, AdversarialTrainer) and run.trainer.spec.adaptive:
+            assert indifferent is not None
+            self._turns = TurnRule(run.trainer.spec.adaptive, indifferent, run.progress.turns)
+            run.trainer.skips_turns = self._turns.skips
         self.last_save = time.perf_counter()
         self._saver = Saver(self.plan.run_dir, run.contents, self.recipe.keep, self.ranks)
         self._spill, self._spilled = self._spill_folder(), ""
@@ -151,7 +156,7 @@ class Training:
             self._warn_about(self._saver.poll())
             # Reading the meter waits for the device and gathers over ranks, so not every step does
             # it.
-            if meter.is_full:
+            if meter.is_full or (self._turns and self._turns.is_due(progress.step)):
                 self._judge(meter)
             if progress.step % recipe.log_every == 0:
                 self._log(meter, loader)
@@ -339,11 +344,24 @@ class Training:
                 self.reporter.journal.log("comms", step, comms)
 
     def _judge(self, meter: TrainMeter) -> None:
-        """Apply the health rule to the updates since the last call; raise `DivergedError`.
+        """Apply the rules to the updates since the last call; raise `DivergedError`.
 
-        Waits for the device. All ranks call it together and reach the same verdict.
+        Waits for the device. All ranks call it together and reach the same verdicts.
         """
-        self._take_verdict(self._rule.judge(meter.drain()))
+        facts = meter.drain()
+        self._take_verdict(self._rule.judge(facts))
+        if self._turns:
+            self._decide_turns(self._turns, facts)
+
+    def _decide_turns(self, rule: TurnRule, facts: Sequence[StepFacts]) -> None:
+        """Let the discriminator skip its turns or take them again, as its rule says."""
+        change = rule.judge(facts)
+        self.progress.turns = rule.state
+        if change is not None:
+            assert isinstance(self.run.trainer, AdversarialTrainer)
+            self.run.trainer.skips_turns = change.skips
+            if self.reporter:
+                self.reporter.turns_changed(change)
 
     def _take_verdict(self, violation: Violation | None) -> None:
         progress = self.progress

@@ -88,6 +88,10 @@ class Reading:
         loss = f"{sum(self.losses.values()):.5f}" if self.losses else "-"
         return f"loss {loss}{speed}"
 
+    def turns_text(self) -> str:
+        skipped = self.statistics.get("d_turns_skipped", 0.0)
+        return f"  D skips {skipped:.0%} of its turns" if skipped else ""
+
     def waiting_text(self) -> str:
         return f"  waiting for data: {self.slowest_step}" if self.slowest_step else ""
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from pipeline.config.recipe import write_recipe
@@ -15,6 +16,7 @@ from pipeline.monitor.console import RUN_LOG_FILE, Console
 from pipeline.monitor.journal import Journal
 from pipeline.monitor.wandb_tracker import WandbTracker
 from pipeline.run_folder import DS_CONFIG_FILE, FILE_LISTS_DIR, RECIPE_FILE
+from pipeline.training.health import TurnChange
 from pipeline.training.meter import MOST_WAIT, Reading
 from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
@@ -49,6 +51,7 @@ class Reporter:
             plan.log_dir / PREVIEWS_DIR, run.previews, plan.recipe.scale, run.progress.step
         )
         self._may_advise = True  # whether the remedy for data waits may still be logged (once)
+        self._known_turns: set[bool] = set()  # changes of turns that were announced, by `skips`
         self._shown: int | None = None  # step of the last set of previews
         self._began = time.perf_counter()
         self._seconds = 0.0  # spent on previews since `_began`
@@ -98,11 +101,12 @@ class Reporter:
             values[f"{prefix}skipped_steps"] = engine.skipped_steps
             values[f"{prefix}gradient_norm"] = float(engine.gradient_norm)
         self.journal.log("train", step, values)
-        for name, logits in getattr(trainer, "logits", {}).items():
+        for name, scales in getattr(trainer, "logits", {}).items():
+            logits = torch.cat([logits.flatten() for logits in scales])
             self.journal.distribution(step, f"discriminator/{name}", logits)
         self._console.progress(
             f"step {step}/{total}  epoch {epoch:.1f}  {reading.text()}  lr {learning_rate:.2e}"
-            f"{reading.waiting_text()}",
+            f"{reading.turns_text()}{reading.waiting_text()}",
             step / total,
         )
         if self._may_advise and reading.data_wait > MOST_WAIT:
@@ -135,6 +139,24 @@ class Reporter:
             f"({'best so far' if is_best else before})",
             is_good=is_best,
         )
+
+    def turns_changed(self, change: TurnChange) -> None:
+        """Log that the discriminator begins to skip its turns, or takes them again.
+
+        On the console, only the first change of each kind: it may happen often.
+        """
+        self.journal.log(
+            "turns",
+            change.step,
+            {"skips": change.skips, "loss": change.loss, "share_of_guessing": change.share},
+        )
+        if change.skips not in self._known_turns:
+            self._known_turns.add(change.skips)
+            does = "skips its turns from here on" if change.skips else "takes its turns again"
+            self._console.say(
+                f"step {change.step}: the discriminator {does}: its loss was {change.loss:.4g}, "
+                f"{change.share:.0%} of that of guessing (log.jsonl lists all such changes)"
+            )
 
     def show_previews_if_due(self, epochs_before: int, epochs: int, all_epochs: int) -> None:
         """Show previews if an epoch or a validation has ended, thinned out to `previews.keep`.

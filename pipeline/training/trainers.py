@@ -18,6 +18,7 @@ from pipeline.losses.adversarial import (
     Labels,
     discriminator_loss,
     draw_labels,
+    mean_over_scales,
 )
 from pipeline.models.discriminators import frozen
 from pipeline.models.ema import ExponentialMovingAverage
@@ -86,6 +87,9 @@ class AdversarialTrainer:
     its weights frozen, never through its engine, so the discriminator does not change in the
     generator's part. The discriminator sees the generator's output detached. Each engine scales
     its own FP16 loss and skips its own overflows.
+
+    While `skips_turns` is set, the discriminator judges HR and SR without learning from them. Set
+    it between updates only; `pipeline.training.health.TurnRule` decides.
     """
 
     uses_cuda_graphs = False  # if True, `step` marks where a step begins, as CUDA graphs need
@@ -112,9 +116,10 @@ class AdversarialTrainer:
             memory_format,
         )
         self.teacher = teacher
+        self.skips_turns = False
         self._noise = 0.0  # standard deviation of this step's instance noise
-        # The last micro-batch's logits, from the discriminator's own part.
-        self.logits: dict[str, Tensor] = {}
+        # The last micro-batch's logits of each scale, from the discriminator's own part.
+        self.logits: dict[str, list[Tensor]] = {}
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -123,11 +128,15 @@ class AdversarialTrainer:
 
     def learners(self, number: int) -> dict[str, Engine]:
         """Return the engines that learn in update `number` of the run, by name."""
-        every = {
-            "generator": self.spec.generator_every,
-            "discriminator": self.spec.discriminator_every,
+        learns = {
+            "generator": number % self.spec.generator_every == 0,
+            "discriminator": self._has_turn(number) and not self.skips_turns,
         }
-        return {name: engine for name, engine in self.engines.items() if number % every[name] == 0}
+        return {name: engine for name, engine in self.engines.items() if learns[name]}
+
+    def _has_turn(self, number: int) -> bool:
+        """Return whether it is the discriminator's turn in update `number`."""
+        return number % self.spec.discriminator_every == 0
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Learn from one micro-batch of update `number` (0, 1, …) of the run."""
@@ -142,8 +151,8 @@ class AdversarialTrainer:
             sr = self.generator(lr).float()
         losses = self._update_generator(lr, sr, hr) if "generator" in learners else {}
         statistics = _colour_drift(sr.detach(), hr)
-        if "discriminator" in learners:
-            statistics |= self._update_discriminator(sr.detach(), hr)
+        if self._has_turn(number):
+            statistics |= self._take_turn(sr.detach(), hr)
         return StepResult(losses, statistics)
 
     def _update_generator(self, lr: Tensor, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
@@ -152,37 +161,61 @@ class AdversarialTrainer:
             losses |= self.teacher.losses(sr, lr)
         with frozen(self.discriminator.module):
             fake = self._logits(self.discriminator.module, sr)
-            real = None
+            real: list[Tensor] | list[None] = [None] * len(fake)
             if self.loss.sees_real:
                 with torch.no_grad():
                     real = self._logits(self.discriminator.module, hr)
-            losses["adversarial"] = self.spec.weight * self.loss.generator(fake, real)
+            losses["adversarial"] = self.spec.weight * mean_over_scales(
+                [self.loss.generator(*pair) for pair in zip(fake, real, strict=True)]
+            )
             at_boundary = self.generator.is_gradient_accumulation_boundary()
             backward_and_step(self.generator, torch.stack(list(losses.values())).sum())
         if at_boundary:
             self.ema.update(self.generator.module, self.generator.weights)
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def _update_discriminator(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        real, fake = self._logits(self.discriminator, hr), self._logits(self.discriminator, sr)
-        loss = discriminator_loss(self.loss, real, fake, draw_labels(self.spec.labels, real))
-        backward_and_step(self.discriminator, loss)
-        self.logits = {"real": real.detach(), "fake": fake.detach()}
-        return {
+    def _take_turn(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        """Let the discriminator judge and, unless it skips its turns, learn."""
+        if self.skips_turns:
+            with torch.no_grad(), frozen(self.discriminator.module):
+                loss = self._judge(self.discriminator.module, sr, hr)
+        else:
+            loss = self._judge(self.discriminator, sr, hr)
+            backward_and_step(self.discriminator, loss)
+        statistics = {
             "discriminator": loss.detach(),
-            "d_real": self.logits["real"].mean(),
-            "d_fake": self.logits["fake"].mean(),
+            "d_real": mean_over_scales([logits.mean() for logits in self.logits["real"]]),
+            "d_fake": mean_over_scales([logits.mean() for logits in self.logits["fake"]]),
         }
+        if self.spec.adaptive:
+            # The share of turns that were skipped, once it is averaged over updates.
+            statistics["d_turns_skipped"] = torch.full_like(loss, float(self.skips_turns))
+        return statistics
 
-    def _logits(self, discriminator: Any, images: Tensor) -> Tensor:
-        """Return float32 logits of float images in [0, 1], with this step's instance noise.
+    def _judge(self, discriminator: Any, sr: Tensor, hr: Tensor) -> Tensor:
+        """Return the discriminator's loss, and remember its logits."""
+        real, fake = self._logits(discriminator, hr), self._logits(discriminator, sr)
+        # One label per sample, whatever the number of its logits.
+        labels = draw_labels(self.spec.labels, real[0])
+        self.logits = {
+            "real": [logits.detach() for logits in real],
+            "fake": [logits.detach() for logits in fake],
+        }
+        return mean_over_scales(
+            [discriminator_loss(self.loss, *pair, labels) for pair in zip(real, fake, strict=True)]
+        )
+
+    def _logits(self, discriminator: Any, images: Tensor) -> list[Tensor]:
+        """Return each scale's float32 logits of float images in [0, 1], with this step's noise.
 
         The logits are copied, because with CUDA graphs the discriminator's next call overwrites
         what this one returned.
         """
         if self._noise:
             images = images + self._noise * torch.randn_like(images)
-        return discriminator(images).to(torch.float32, copy=True)
+        judged = discriminator(images)
+        scales = [judged] if isinstance(judged, Tensor) else judged
+        return [logits.to(torch.float32, copy=True) for logits in scales]
 
 
 def _to_input(lr: Tensor) -> Tensor:

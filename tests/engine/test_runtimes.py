@@ -379,7 +379,7 @@ stages:
     steps: 4
     ds_config: DS_CONFIG
     losses: {l1: 0.1}
-    adversarial: {weight: 0.01, discriminator: {name: vgg, num_features: 4}}
+    adversarial: {weight: 0.01, discriminator: {name: attention_unet, num_features: 4}}
 """
 
 

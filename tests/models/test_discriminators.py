@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.cli import UserError
+from pipeline.models.common import BatchNorm2d, SpectralConv2d
 from pipeline.models.discriminators import (
-    BatchNorm2d,
-    SpectralConv2d,
+    AttentionGate,
+    AttentionUNetDiscriminator,
+    PatchDiscriminator,
     UNetDiscriminator,
     VGGDiscriminator,
     build_discriminator,
@@ -22,9 +24,13 @@ KINDS = {
     "vgg-instance": {"norm": "instance"},
     "vgg-none": {"norm": "none"},
     "vgg-flatten": {"head": "flatten"},
+    "vgg-wide": {"feature_kernel": 5},
     "unet": {},
     "unet-plain": {"skip_connections": False},
+    "attention_unet": {},
+    "patch": {"num_layers": 2},
 }
+NAMES = ("vgg", "unet", "attention_unet", "patch")
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,13 @@ def build(kind, crop=32, num_features=4, **params):
 
 def crops(count=2, height=32, width=32):
     return torch.rand(count, 3, height, width)
+
+
+def judged(network, images):
+    """Return all logits of each image, of all scales."""
+    logits = network(images)
+    scales = [logits] if isinstance(logits, torch.Tensor) else logits
+    return torch.cat([part.flatten(1) for part in scales], dim=1)
 
 
 def snapshot(network):
@@ -191,21 +204,158 @@ def test_unet_has_the_published_size():
     assert count(UNetDiscriminator(crop=256)) == 4_376_897
 
 
+def expected_shapes(kind, height, width):
+    """Shapes of the logits of two images, one per scale."""
+    if kind.startswith("vgg"):
+        return [(2, 1)]
+    if kind.startswith("unet"):
+        return [(2, 1, height, width)]
+    sides = [(height, width), (-(-height // 2), -(-width // 2))]
+    if kind == "patch":
+        sides = [(height // 4 - 2, width // 4 - 2) for height, width in sides]
+    return [(2, 1, *pair) for pair in sides]
+
+
+def plain_patches(features):
+    """The network of pix2pix for a patch of 70 x 70, from torch's own modules."""
+    norm = nn.utils.spectral_norm
+    widths = [(features << level, features << (level + 1)) for level in range(3)]
+    return nn.Sequential(
+        nn.Conv2d(3, features, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        *(
+            layer
+            for (few, many), stride in zip(widths, (2, 2, 1), strict=True)
+            for layer in (norm(nn.Conv2d(few, many, 4, stride, 1)), nn.LeakyReLU(0.2))
+        ),
+        nn.Conv2d(features * 8, 1, 4, 1, 1),
+    )
+
+
+def test_patch_is_pix2pixs_network_at_each_scale_of_pix2pixhd():
+    """The same tensors load strictly, and two training steps agree."""
+    ours = build_discriminator("patch", 100, num_features=2, num_scales=3)
+    theirs = nn.ModuleList(plain_patches(2) for _ in range(3))
+    theirs.load_state_dict(
+        {key.removeprefix("scales."): value for key, value in ours.state_dict().items()}
+    )
+    for _ in range(2):
+        images = crops(2, 100, 117)
+        logits = ours(images)
+        sum(part.square().mean() for part in logits).backward()
+        for part, network in zip(logits, theirs, strict=True):
+            expected = network(images)
+            torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-7)
+            expected.square().mean().backward()
+            images = F.avg_pool2d(images, 3, 2, 1, count_include_pad=False)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(
+            ours.get_parameter(f"scales.{name}").grad, parameter.grad, rtol=1e-4, atol=1e-7
+        )
+
+
+def test_patch_and_attention_have_the_sizes_that_they_state():
+    assert count(PatchDiscriminator(crop=128, num_scales=1)) == 2_764_737  # pix2pix's number
+    assert count(AttentionUNetDiscriminator(crop=128, num_scales=1)) == 5_340_356
+    assert count(PatchDiscriminator(crop=128, num_features=8)) == 2 * count(
+        PatchDiscriminator(crop=128, num_features=8, num_scales=1)
+    )
+
+
+@pytest.mark.parametrize(("num_layers", "field"), [(1, 16), (2, 34), (3, 70)])
+def test_a_logit_of_patch_judges_a_square_of_that_size(num_layers, field):
+    """Every pixel of the square has a gradient, and none outside."""
+    network = PatchDiscriminator(crop=256, num_features=2, num_layers=num_layers, num_scales=1)
+    images = torch.rand(1, 3, 256, 256, dtype=torch.float64, requires_grad=True)
+    (logits,) = network.double()(images)
+    middle = logits.shape[-1] // 2
+    logits[0, 0, middle, middle].backward()
+    rows, columns = (images.grad[0].abs().sum((0, axis)).nonzero().flatten() for axis in (1, 2))
+    assert len(rows) == len(columns) == field == network.receptive_field
+    assert rows[-1] - rows[0] == columns[-1] - columns[0] == field - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "smallest"),
+    [
+        ("patch", {}, 47),
+        ("patch", {"num_scales": 1}, 32),
+        ("patch", {"num_scales": 3}, 93),
+        ("patch", {"num_layers": 4}, 95),
+        ("attention_unet", {}, 32),
+        ("attention_unet", {"num_scales": 3}, 64),
+    ],
+)
+def test_the_smallest_crop_still_gives_logits_at_every_scale(name, params, smallest):
+    network = build_discriminator(name, smallest, num_features=1, **params)
+    assert all(part.numel() for part in network(crops(1, smallest, smallest)))
+    with pytest.raises(UserError, match=f"crop {smallest - 1} is not .* at least {smallest} pix"):
+        build_discriminator(name, smallest - 1, num_features=1, **params)
+
+
+def spectral(conv):
+    """Return a normalised weight by its definition."""
+    return conv.weight_orig / torch.dot(conv.weight_u, conv.weight_orig.flatten(1) @ conv.weight_v)
+
+
+def test_an_attention_gate_weighs_as_the_paper_says():
+    gate = AttentionGate(4, 6).eval()
+    fine, coarse = torch.randn(2, 4, 13, 18), torch.randn(2, 6, 6, 9)
+    mixed = F.conv2d(fine, spectral(gate.fine), stride=2)
+    mixed = mixed + F.conv2d(coarse, spectral(gate.coarse), gate.coarse.bias)
+    weights = torch.sigmoid(F.conv2d(mixed.relu(), gate.score.weight, gate.score.bias))
+    weights = F.interpolate(weights, (13, 18), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(gate(fine, coarse), fine * weights, rtol=1e-5, atol=1e-6)
+    assert weights.std() > 0.01
+    nn.init.constant_(gate.score.bias, -100)  # closed
+    assert gate(fine, coarse).abs().max() < 1e-6
+
+
+def test_what_a_closed_gate_hides_does_not_count():
+    """With all gates closed, only the decoder's own way is left, as in the U-Net without skips."""
+    network = build("attention_unet").scales[0].eval()
+    for gate in (network.gate4, network.gate5, network.gate6):
+        nn.init.constant_(gate.score.bias, -100)
+    images = crops(1)
+    features = images
+    for conv in (network.conv0, network.conv1, network.conv2, network.conv3):
+        features = F.leaky_relu(conv(features), 0.2)
+    for conv in (network.conv4, network.conv5, network.conv6):
+        features = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
+        features = F.leaky_relu(conv(features), 0.2)
+        features = torch.cat((features, torch.zeros_like(features)), 1)
+    features = F.leaky_relu(network.conv8(F.leaky_relu(network.conv7(features), 0.2)), 0.2)
+    torch.testing.assert_close(network(images), network.conv9(features), rtol=1e-5, atol=1e-6)
+
+
+def test_a_wider_feature_kernel_widens_the_convolutions_with_stride_1():
+    with torch.device("meta"):
+        network = VGGDiscriminator(crop=64, feature_kernel=5)
+    kernels = {
+        name: module.kernel_size[0]
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    assert kernels == {name: 5 if name.endswith("_0") else 4 for name in kernels}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("crop", [32, 33, 45, 47, 48, 91, 96, 101, 128, 192])
 def test_any_crop_gives_logits(kind, crop):
     network = build(kind, crop, num_features=2)
     logits = network(crops(2, crop, crop))
-    assert logits.shape == ((2, 1, crop, crop) if kind.startswith("unet") else (2, 1))
-    assert torch.isfinite(logits).all()
+    scales = [logits] if isinstance(logits, torch.Tensor) else logits
+    assert [tuple(part.shape) for part in scales] == expected_shapes(kind, crop, crop)
+    assert all(torch.isfinite(part).all() for part in scales)
 
 
-@pytest.mark.parametrize("kind", ["vgg", "vgg-none", "unet", "unet-plain"])
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"vgg-flatten"}))
 def test_images_of_other_sizes_are_judged_too(kind):
     network = build(kind, 64).eval()
     for height, width in ((64, 64), (70, 33), (257, 40)):
-        shape = (1, 1, height, width) if kind.startswith("unet") else (1, 1)
-        assert network(crops(1, height, width)).shape == shape
+        logits = network(crops(2, height, width))
+        scales = [logits] if isinstance(logits, torch.Tensor) else logits
+        assert [tuple(part.shape) for part in scales] == expected_shapes(kind, height, width)
 
 
 def test_the_flat_head_takes_its_crop_alone():
@@ -216,25 +366,27 @@ def test_the_flat_head_takes_its_crop_alone():
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_logits_and_not_probabilities(kind):
     network = build(kind)
-    last = network.conv9 if kind.startswith("unet") else network.linear2
-    nn.init.constant_(last.bias, 50)
-    assert network(crops(4)).min() > 25
-    nn.init.constant_(last.bias, -50)
-    assert network(crops(4)).max() < -25
+    ends = (".conv9", "linear2", ".6") if hasattr(network, "scales") else ("conv9", "linear2")
+    last = [module for name, module in network.named_modules() if name.endswith(ends)]
+    assert len(last) == (2 if hasattr(network, "scales") else 1)
+    for value in (50, -50):
+        for module in last:
+            nn.init.constant_(module.bias, value)
+        assert (judged(network, crops(4)) / value).min() > 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_and_floats_give_the_same(kind):
     network = build(kind).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(network(images), network(images / 255))
+    assert torch.equal(judged(network, images), judged(network, images / 255))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_and_pixel_gets_a_gradient(kind):
     network = build(kind)
     images = crops(4).requires_grad_()
-    network(images).square().mean().backward()
+    judged(network, images).square().mean().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad.abs().max() > 0, name
     assert (images.grad.abs() > 0).float().mean() > 0.99
@@ -246,7 +398,8 @@ def test_no_bias_is_cancelled_by_a_norm(kind):
     names = dict(network.named_modules())
     for name, module in names.items():
         if isinstance(module, nn.Conv2d):
-            assert (module.bias is None) == (name.replace("conv", "bn") in names), name
+            norm = name.replace("conv", "bn")
+            assert (module.bias is None) == (norm != name and norm in names), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +413,7 @@ def test_half_precision_trains_and_agrees_with_float32(kind, dtype, cast):
     for judge in (network, half):
         pixels = images.clone().requires_grad_()
         for _ in range(2):
-            logits = judge(pixels)
+            logits = judged(judge, pixels)
         F.softplus(-logits.float()).mean().backward()
         results.append((logits, pixels.grad))
         assert all(torch.isfinite(parameter.grad).all() for parameter in judge.parameters())
@@ -316,9 +469,11 @@ def test_spectral_norm_brings_the_largest_singular_value_to_1():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_spectral_norms_are_right_from_the_first_pass_on(dtype):
-    for name, conv in cast_parameters(
-        UNetDiscriminator(crop=32, num_features=16), dtype
-    ).named_modules():
+    networks = nn.ModuleList(
+        kind(crop=64, num_features=16)
+        for kind in (UNetDiscriminator, AttentionUNetDiscriminator, PatchDiscriminator)
+    )
+    for name, conv in cast_parameters(networks, dtype).named_modules():
         if isinstance(conv, SpectralConv2d):
             matrix = conv.weight_orig.detach().float().flatten(1)
             sigma = torch.dot(conv.weight_u, torch.mv(matrix, conv.weight_v)).item()
@@ -344,14 +499,14 @@ def test_power_iterations_and_statistics_advance_in_training_only(kind):
     assert equal_states(network.state_dict(), before)
     network.train()(crops())
     assert equal_states(network.state_dict(), before) == (
-        not before.keys() & {"bn0_1.running_mean", "conv1.weight_u"}
+        not any(key.endswith(("running_mean", "weight_u")) for key in before)
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
     network = build(kind)
-    network(crops()).mean().backward()
+    judged(network, crops()).mean().backward()
     images = crops(3).requires_grad_()
     before, gradients = (
         snapshot(network),
@@ -359,7 +514,7 @@ def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
     )
     with frozen(network) as judge:
         assert judge is network
-        logits = judge(images)
+        logits = judged(judge, images)
     F.softplus(-logits).mean().backward()  # after the context, as in the generator's step
     assert equal_states(network.state_dict(), before)
     for name, parameter in network.named_parameters():
@@ -372,7 +527,7 @@ def test_frozen_leaves_no_trace_and_the_gradient_is_autograds(kind):
         if isinstance(module, SpectralConv2d):
             module.is_iterating = False
     pixels = images.detach().clone().requires_grad_()
-    (expected,) = torch.autograd.grad(F.softplus(-twin(pixels)).mean(), pixels)
+    (expected,) = torch.autograd.grad(F.softplus(-judged(twin, pixels)).mean(), pixels)
     torch.testing.assert_close(images.grad, expected, rtol=1e-5, atol=1e-9)
     assert expected.abs().max() > 0
 
@@ -390,7 +545,7 @@ def test_frozen_normalises_by_the_batch_as_in_training():
         assert not torch.equal(network(images), judged)
 
 
-@pytest.mark.parametrize("kind", ["vgg", "unet"])
+@pytest.mark.parametrize("kind", NAMES)
 def test_frozen_restores_every_flag_also_after_an_exception_and_when_nested(kind):
     network = build(kind)
     parameters = list(network.parameters())
@@ -428,25 +583,25 @@ def test_a_pass_of_the_generators_step_between_two_of_the_discriminators_changes
     for has_generators_step in (False, True):
         torch.manual_seed(1)
         network, real, fake = build(kind), crops(3), crops(3)
-        on_real = network(real)
+        on_real = judged(network, real)
         if has_generators_step:
             with frozen(network):
-                network(fake.clone().requires_grad_()).sum().backward()
-        (F.softplus(-on_real) + F.softplus(network(fake))).mean().backward()
+                judged(network, fake.clone().requires_grad_()).sum().backward()
+        (F.softplus(-on_real) + F.softplus(judged(network, fake))).mean().backward()
         results.append(
             {**snapshot(network), **{f"{n}.grad": p.grad for n, p in network.named_parameters()}}
         )
     assert equal_states(*results)
 
 
-@pytest.mark.parametrize("kind", ["vgg", "unet"])
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("is_training", [True, False])
 def test_a_backward_pass_may_come_after_later_passes(kind, is_training):
     gradients = []
     for later_passes in (0, 2):
         torch.manual_seed(1)
         network = build(kind).train(is_training)
-        loss = network(crops(3)).square().mean()
+        loss = judged(network, crops(3)).square().mean()
         network.train()
         for _ in range(later_passes):
             network(crops(3))
@@ -455,13 +610,13 @@ def test_a_backward_pass_may_come_after_later_passes(kind, is_training):
     assert equal_states(*gradients)
 
 
-@pytest.mark.parametrize("kind", ["vgg", "vgg-instance", "unet"])
+@pytest.mark.parametrize("kind", [*NAMES, "vgg-instance"])
 def test_training_goes_on_bit_for_bit_from_the_state_dict(kind):
     def steps(network, count):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         for _ in range(count):
             optimizer.zero_grad()
-            F.softplus(network(crops(3))).mean().backward()
+            F.softplus(judged(network, crops(3))).mean().backward()
             optimizer.step()
 
     network = build(kind)
@@ -475,17 +630,17 @@ def test_training_goes_on_bit_for_bit_from_the_state_dict(kind):
     assert equal_states(network.state_dict(), resumed.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["vgg", "unet"])
+@pytest.mark.parametrize("kind", NAMES)
 def test_compiles_without_a_graph_break_frozen_or_not(kind):
-    network = build(kind)
+    network = build(kind, **({"num_scales": 1} if kind == "attention_unet" else {}))
     plain = copy.deepcopy(network)
     network.compile(fullgraph=True, backend="aot_eager")
     images = crops()
     for judge in (network, plain):
-        judge(images).mean().backward()
+        judged(judge, images).mean().backward()
         with frozen(judge):
             judge(images)
-        judge(images).mean().backward()
+        judged(judge, images).mean().backward()
     for key, tensor in plain.state_dict().items():
         torch.testing.assert_close(network.state_dict()[key], tensor, rtol=1e-4, atol=1e-6)
     for name, parameter in plain.named_parameters():
@@ -498,9 +653,9 @@ def test_compiles_without_a_graph_break_frozen_or_not(kind):
 def test_channels_last_gives_the_same(kind):
     network = build(kind).eval()
     images = crops()
-    expected = network(images)
+    expected = judged(network, images)
     network, images = (item.to(memory_format=torch.channels_last) for item in (network, images))
-    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(judged(network, images), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -534,7 +689,12 @@ def test_without_norms_the_signal_keeps_its_size():
         ("unet", {"num_features": True}, "num_features True is not"),
         ("vgg", {"norm": "layer"}, "norm 'layer' is not one of 'batch', 'instance', 'none'"),
         ("vgg", {"head": "dense"}, "head 'dense' is not one of 'pool', 'flatten'"),
+        ("vgg", {"feature_kernel": 4}, "feature_kernel 4 is neither 3 nor 5"),
+        ("vgg", {"feature_kernel": 3.0}, r"feature_kernel 3\.0 is neither 3 nor 5"),
         ("unet", {"skip_connections": 1}, "skip_connections 1 is neither true nor false"),
+        ("patch", {"num_layers": 9}, "num_layers 9 is above 8"),
+        ("patch", {"num_scales": 0}, "num_scales 0 is not a whole number above 0"),
+        ("attention_unet", {"num_scales": True}, "num_scales True is not a whole number"),
     ],
 )
 def test_bad_values_are_refused(kind, change, rule):

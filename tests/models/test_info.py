@@ -286,7 +286,13 @@ def test_the_released_file_is_described(numbers):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "field"), [("vgg", 14_499_401, "global"), ("unet", 4_376_897, [65, 65])]
+    ("name", "count", "field"),
+    [
+        ("vgg", 14_499_401, "global"),
+        ("unet", 4_376_897, [65, 65]),
+        ("attention_unet", 2 * 5_340_356, [65, 65]),
+        ("patch", 2 * 2_764_737, [70, 70]),
+    ],
 )
 def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field):
     report = numbers(
@@ -303,7 +309,9 @@ def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field)
         field,
         [128, 128],
     )
-    assert report["layers"][0]["multiply_adds"] == 128 * 128 * 3 * 64 * 9
+    # A 3x3 kernel at each pixel, or a 4x4 one at every second.
+    per_pixel = 16 / 4 if name == "patch" else 9
+    assert report["layers"][0]["multiply_adds"] == 128 * 128 * 3 * 64 * per_pixel
 
 
 @pytest.mark.parametrize(

@@ -784,9 +784,9 @@ def test_a_program_is_named_as_such(tmp_path, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("kind", ["vgg", "unet"])
+@pytest.mark.parametrize("kind", ["vgg", "unet", "attention_unet", "patch"])
 def test_a_discriminator_is_called_one(tmp_path, kind):
-    state = build_discriminator(kind, 32, num_features=4).state_dict()
+    state = build_discriminator(kind, 64, num_features=4).state_dict()
     with pytest.raises(UserError, match="holds a discriminator, not a generator"):
         read_network(save_pickled(tmp_path / "d.pth", {"params": state}))
 

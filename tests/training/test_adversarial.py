@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lives import in_a_fresh_process
+from comparison import checkpoint_differences, logged
+from conftest import ROOT
+from lives import in_a_fresh_process, train
+from pipeline.checkpoint.engine_state import read_module
+from pipeline.checkpoint.progress import read_progress
 from pipeline.cli import UserError
 from pipeline.config.recipe import load_recipe
-from pipeline.config.specs import AdversarialSpec, LabelsSpec
+from pipeline.config.specs import AdaptiveSpec, AdversarialSpec, LabelsSpec
 from pipeline.losses.adversarial import (
     ADVERSARIAL_LOSSES,
     AdversarialLoss,
     discriminator_loss,
     draw_labels,
 )
+from pipeline.run_folder import checkpoint_dir
 
 KINDS = tuple(ADVERSARIAL_LOSSES)
 TRAINER = """
@@ -43,10 +50,11 @@ TRAINER = """
         def forward(self, x):
             return self.up(self.conv(x.float() / 255))
 
-    def trainer_for(spec, stage=0, accumulation=1, weights={"l1": 1.0}, norm="none"):
+    def trainer_for(spec, stage=0, accumulation=1, weights={"l1": 1.0}, name="vgg", **params):
         torch.manual_seed(3)
         generator = Generator()
-        discriminator = build_discriminator("vgg", 32, num_features=4, norm=norm)
+        params = {"num_features": 4} | ({"norm": "none"} if name == "vgg" else {}) | params
+        discriminator = build_discriminator(name, 32, **params)
         twins = copy.deepcopy(generator), copy.deepcopy(discriminator)
         sgd = dict(optimizer={"type": "SGD", "params": {"lr": 1.0}}, gradient_clipping=0.0,
                    gradient_accumulation_steps=accumulation, zero_optimization={"stage": stage},
@@ -154,6 +162,118 @@ def test_one_network_may_learn_oftener(every: str, updates: list[int]) -> None:
     """
     )
     assert found == updates
+
+
+SCALES = """
+    def mean(values):
+        return sum(values) / len(values)
+    def found_for(name, loss, stage, **params):
+        spec = AdversarialSpec(weight=0.7, loss=loss, labels={"flip": 0.3}, adaptive="on")
+        trainer, twins = trainer_for(spec, stage, 1, {"l1": 0.5}, name, **params)
+        generator, discriminator = twins
+        row, module = ADVERSARIAL_LOSSES[loss], trainer.discriminator.module
+        before = states(trainer.generator.module), states(module)
+        # The generator's part and the discriminator's, by autograd.
+        sr = generator(lr)
+        with frozen(discriminator):
+            pairs = list(zip(discriminator(sr), discriminator(hr / 255)))
+        (0.5 * (sr - hr / 255).abs().mean()
+         + 0.7 * mean([row.generator(fake, real.detach()) for fake, real in pairs])).backward()
+        discriminator.zero_grad()
+        torch.manual_seed(5)
+        real, fake = discriminator(hr / 255), discriminator(sr.detach())
+        flipped = torch.rand(4, 1, 1, 1) < 0.3  # one label per sample, for all scales
+        labels = draw_labels(LabelsSpec(), real[0])._replace(flipped=flipped)
+        loss = mean([discriminator_loss(row, r, f, labels) for r, f in zip(real, fake)])
+        loss.backward()
+        # A turn that is skipped, twice, and one that is taken.
+        trainer.skips_turns = True
+        torch.manual_seed(5)
+        skipped = trainer.step(Batch(lr, hr, 0), 0).statistics
+        untouched = all(torch.equal(before[1][n], t) for n, t in module.state_dict().items())
+        clean = all(p.grad is None or not p.grad.any() for p in module.parameters())
+        off = error(moved(trainer.generator.module, before[0]),
+                    {n: p.grad for n, p in generator.named_parameters()})
+        learners = sorted(trainer.learners(0))
+        trainer.generator.module.load_state_dict(before[0])
+        trainer.skips_turns = False
+        torch.manual_seed(5)
+        taken = trainer.step(Batch(lr, hr, 0), 1).statistics
+        off_d = error(moved(module, before[1]),
+                      {n: p.grad for n, p in discriminator.named_parameters()})
+        return dict(
+            scales=len(real), untouched=untouched and clean, off=off, off_d=off_d,
+            learners=[learners, sorted(trainer.learners(1))], flipped=int(flipped.sum()),
+            loss=[loss.item(), skipped["discriminator"].item(), taken["discriminator"].item()],
+            real=[mean([r.mean() for r in real]).item(), skipped["d_real"].item()],
+            shares=[skipped["d_turns_skipped"].item(), taken["d_turns_skipped"].item()])
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_each_scale_has_its_loss_and_a_turn_that_is_skipped_changes_nothing(stage: int) -> None:
+    found = in_a_fresh_process(
+        TRAINER.replace("import build_discriminator", "import build_discriminator, frozen").replace(
+            "import AdversarialSpec", "import AdversarialSpec, LabelsSpec"
+        )
+        + SCALES
+        + f"""
+    print(json.dumps([
+        found_for("patch", "relativistic_average", {stage}, num_layers=2),
+        found_for("attention_unet", "vanilla", {stage}, num_features=2)]))
+    """
+    )
+    for case in found:
+        assert case["scales"] == 2
+        assert case["untouched"]
+        assert case["learners"] == [["generator"], ["discriminator", "generator"]]
+        assert 0 < case["flipped"] < 4
+        assert case["off"] < 1e-5
+        assert case["off_d"] < 1e-5
+        assert case["loss"] == pytest.approx([case["loss"][0]] * 3, rel=1e-4)
+        assert case["real"][0] == pytest.approx(case["real"][1], rel=1e-4)
+        assert case["shares"] == [1, 0]
+
+
+def test_a_run_skips_turns_and_goes_on_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
+    """The generator begins far from HR, so the discriminator wins, until it skips some turns.
+
+    Two ranks, stopped between two decisions, while turns are skipped.
+    """
+    config = json.loads((ROOT / "recipes" / "demo_ds_config.json").read_text())
+    config["optimizer"]["params"]["lr"] = 0.003
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    extra = (
+        "generator.global_residual=none",
+        "validate_every=100",
+        "keep=9",
+        "adversarial={weight: 0.1, discriminator: {name: patch, num_features: 8, num_layers: 2}, "
+        "adaptive: {every: 2, skip_below: 0.9, resume_above: 0.9}, "
+        f"ds_config: {tmp_path / 'ds_config.json'}}}",
+    )
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    printed = train(dataset, straight, "steps=12", *extra, procs=2)
+    assert "step 6: the discriminator skips its turns from here on: its loss was 0.5" in printed
+    assert "step 10: the discriminator takes its turns again" in printed
+    for steps in (7, 12):
+        train(dataset, broken, f"steps={steps}", *extra, procs=2)
+    skipped = [share for _, share in logged(straight, "train", "d_turns_skipped")]
+    assert skipped == [0] * 6 + [1] * 4 + [0] * 2
+    assert [line[:2] for line in logged(straight, "turns", "skips")] == [(6, True), (10, False)]
+    keys = ("loss", "discriminator", "d_real", "d_fake", "d_turns_skipped", "lr")
+    for event, names in (("train", keys), ("turns", ("skips", "loss", "share_of_guessing"))):
+        assert logged(straight, event, *names) == logged(broken, event, *names)
+    # The stop at step 7 took a validation that the other run did not have.
+    assert [d for d in checkpoint_differences(straight, broken, 12) if d != "state.json"] == []
+    turns = [read_progress(run, 12).turns for run in (straight, broken)]
+    assert turns == [{"losses": [], "skips": False}] * 2
+    assert read_progress(broken, 7).turns["skips"]
+    assert len(read_progress(broken, 7).turns["losses"]) == 1
+    before, within, after = (
+        read_module(checkpoint_dir(straight, step), "discriminator") for step in (6, 9, 12)
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in within.items())
+    assert not any(torch.equal(within[name], tensor) for name, tensor in after.items())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -347,6 +467,15 @@ def test_instance_noise_is_gaussian_and_falls_to_nothing() -> None:
             "must be 1, so that every step updates a network",
         ),
         (
+            {"weight": 1, "adaptive": "on", "generator_every": 2},
+            "generator_every gives it more turns than the generator",
+        ),
+        (
+            {"weight": 1, "adaptive": {"skip_below": 0.6}},
+            "skip_below 0.6 is above resume_above 0.4",
+        ),
+        ({"weight": 1, "adaptive": 3}, "adversarial.adaptive"),
+        (
             {"weight": 1, "instance_noize": {}},
             "adversarial.instance_noize: unknown key; did you mean 'instance_noise'?",
         ),
@@ -363,3 +492,13 @@ def test_the_defaults_train_both_in_every_step() -> None:
     spec = AdversarialSpec(weight=1)
     assert (spec.loss, spec.generator_every, spec.discriminator_every) == ("vanilla", 1, 1)
     assert spec.instance_noise.sigma == 0
+    assert spec.adaptive is None
+
+
+@pytest.mark.parametrize(
+    ("value", "is_on"), [(True, True), ("on", True), ({}, True), ("off", False)]
+)
+def test_adaptive_is_a_switch_or_a_table(value: object, is_on: bool) -> None:
+    recipe = load_recipe("vapsr_x2", {"adversarial": {"weight": 1, "adaptive": value}})
+    assert recipe.adversarial is not None
+    assert recipe.adversarial.adaptive == (AdaptiveSpec() if is_on else None)

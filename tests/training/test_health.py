@@ -1,4 +1,4 @@
-"""The health rule, on made-up updates."""
+"""The health rule and the turn rule, on made-up updates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from pipeline.cli import UserError
 from pipeline.config.recipe import Recipe
-from pipeline.config.specs import HealingSpec
+from pipeline.config.specs import AdaptiveSpec, HealingSpec
 from pipeline.training.health import (
     BAD_LOSS_LIMIT,
     BLOCK,
     SKIPPED_LIMIT,
     HealthRule,
     StepFacts,
+    TurnChange,
+    TurnRule,
     Violation,
 )
 
@@ -188,3 +191,71 @@ def test_the_recipe_accepts_a_switch() -> None:
     assert not Recipe(**base, healing=False).healing.is_on
     assert Recipe(**base, healing=True).healing == Recipe(**base).healing
     assert Recipe(**base, healing={"window": 50}).healing.window == 50
+
+
+def turns(losses: Sequence[float | None]) -> list[StepFacts]:
+    """Updates with these losses of the discriminator; None where it had no turn."""
+    return [
+        StepFacts(step, {}, {} if loss is None else {"discriminator": loss}, False, {})
+        for step, loss in enumerate(losses, 1)
+    ]
+
+
+def changes(rule: TurnRule, updates: Sequence[StepFacts], every: int) -> list[TurnChange]:
+    """Judge as the training loop does: at each decision, and now and then between two."""
+    found = []
+    for start in range(0, len(updates), every):
+        block = updates[start : start + every]
+        middle = len(block) // 3
+        found += [rule.judge(block[:middle]), rule.judge(block[middle:])]
+    return [change for change in found if change is not None]
+
+
+def test_a_discriminator_that_wins_skips_its_turns_until_it_does_not() -> None:
+    """20 % of the loss of guessing, then between the limits, then above both, then between."""
+    shares = [0.9, 0.2, 0.3, 0.39, 0.5, 0.3, 0.26, 0.1]
+    spread = [factor for _ in range(10) for factor in (0.5, 1.5)]  # single losses do not count
+    losses = [share * factor * GUESSING for share in shares for factor in spread]
+    found = changes(TurnRule(AdaptiveSpec(), GUESSING, {}), turns(losses), 20)
+    assert [(change.step, change.skips) for change in found] == [
+        (40, True),
+        (100, False),
+        (160, True),
+    ]
+    assert [change.share for change in found] == pytest.approx([0.2, 0.5, 0.1])
+    assert [change.loss for change in found] == pytest.approx(
+        [share * GUESSING for share in (0.2, 0.5, 0.1)]
+    )
+
+
+def test_updates_without_a_turn_and_losses_that_are_not_finite_decide_nothing() -> None:
+    rule = TurnRule(AdaptiveSpec(every=4), 1.0, {})
+    assert changes(rule, turns([None] * 8), 4) == []
+    assert changes(rule, turns([0.1, math.nan, None, math.inf]), 4) == [
+        TurnChange(4, True, 0.1, 0.1)
+    ]
+
+
+def test_the_turn_rule_goes_on_from_a_checkpoint_at_any_step() -> None:
+    noise = random.Random(1)
+    updates = turns([noise.uniform(0, 1) ** 2 for _ in range(120)])
+    spec = AdaptiveSpec(every=5, skip_below=0.3, resume_above=0.35)
+    straight = TurnRule(spec, 1.0, {})
+    wanted = changes(straight, updates, 5)
+    assert len(wanted) > 4
+    for stop in range(1, 20):
+        rule = TurnRule(spec, 1.0, {})
+        found = changes(rule, updates[:stop], 5)
+        rule = TurnRule(spec, 1.0, json.loads(json.dumps(rule.state)))
+        to_boundary = -stop % 5
+        found += [c for c in [rule.judge(updates[stop : stop + to_boundary])] if c]
+        found += changes(rule, updates[stop + to_boundary :], 5)
+        assert found == wanted, stop
+        assert rule.state == straight.state
+
+
+def test_a_loss_that_is_nothing_when_guessing_has_no_share() -> None:
+    with pytest.raises(
+        UserError, match=r"adversarial\.adaptive .* is 0 for this adversarial\.loss"
+    ):
+        TurnRule(AdaptiveSpec(), 0.0, {})

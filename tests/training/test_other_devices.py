@@ -119,10 +119,11 @@ def test_every_network(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", sorted(DISCRIMINATORS))
 def test_every_discriminator(name: str) -> None:
-    network = build_discriminator(name, 32, num_features=4).to(META).train()
-    logits = network(torch.empty(2, 3, 32, 32, device=META))
+    network = build_discriminator(name, 48, num_features=4).to(META).train()
+    logits = network(torch.empty(2, 3, 48, 48, device=META))
     assert all_on_meta(network)
-    logits.sum().backward()
+    scales = [logits] if isinstance(logits, Tensor) else logits
+    sum(part.sum() for part in scales).backward()
     assert all(parameter.grad.device == META for parameter in network.parameters())
 
 
@@ -191,7 +192,7 @@ def test_both_trainers(name: str, discriminator: str) -> None:
     ema = ExponentialMovingAverage(generator, 0.9)
     ema.network.to(META)
     engine = PlainEngine(generator.to(META))
-    batch = Batch(pixels(16), pixels(32), 0)
+    batch = Batch(pixels(24), pixels(48), 0)
     result = ReconstructionTrainer(engine, Criterion({"l1": 1.0}, META), ema).step(batch, 0)
     assert all(value.device == META for value in result.losses.values())
     labels = {"flip": 0.1} if name == "hinge" else {"noise": 0.1, "flip": 0.1}
@@ -201,14 +202,17 @@ def test_both_trainers(name: str, discriminator: str) -> None:
         discriminator={"name": discriminator, "num_features": 4},
         labels=labels,
         instance_noise={"sigma": 0.1, "steps": 5},
+        adaptive="on",
     )
-    judge = PlainEngine(build_discriminator(discriminator, 32, num_features=4).to(META))
+    judge = PlainEngine(build_discriminator(discriminator, 48, num_features=4).to(META))
     trainer = AdversarialTrainer(engine, judge, Criterion({"l1": 1.0}, META), ema, spec)
     trainer.criterion._is_checked = True  # the check reads values of the first HR image
-    result = trainer.step(batch, 0)
-    assert all(
-        value.device == META for value in (*result.losses.values(), *result.statistics.values())
-    )
+    for trainer.skips_turns in (False, True):
+        result = trainer.step(batch, 0)
+        assert "d_turns_skipped" in result.statistics
+        assert all(
+            value.device == META for value in (*result.losses.values(), *result.statistics.values())
+        )
 
 
 def test_something_left_on_the_cpu_would_show() -> None:
