@@ -181,7 +181,8 @@ def _state(folder: Path) -> dict[str, int]:
 
 def usable_widths(stored: Sequence[Stored]) -> list[float]:
     """Return those of `USUAL_WIDTHS` that can be made from `stored`."""
-    return [width for width in USUAL_WIDTHS if _factors(stored, width)[1] <= LARGEST_ERROR]
+    found = zip(USUAL_WIDTHS, _factors(stored, USUAL_WIDTHS), strict=True)
+    return [width for width, (_, error) in found if error <= LARGEST_ERROR]
 
 
 def chosen_width(text: str, stored: Sequence[Stored]) -> float:
@@ -205,7 +206,7 @@ def chosen_width(text: str, stored: Sequence[Stored]) -> float:
             f"--ema {text}: the longest average, of all {updates} updates alike, is {WIDEST:.3f} "
             f"or {int(WIDEST * updates)} updates; choose a smaller number"
         )
-    error = _factors(stored, width)[1]
+    ((_, error),) = _factors(stored, [width])
     if error > LARGEST_ERROR:
         usable = usable_widths(stored)
         way_out = (
@@ -228,7 +229,7 @@ def reconstruct(
     """
     base = read_network(checkpoint_dir(newest_stage(run_dir), step) / GENERATOR_EMA_FILE)
     parameters = dict(base.build().named_parameters())
-    found = [_factors(stored, width) for width in widths]
+    found = _factors(stored, widths)
     sums: list[dict[str, Tensor]] = [
         {name: base.state_dict[name].float() * 0 for name in parameters} for _ in widths
     ]
@@ -250,6 +251,6 @@ def reconstruct(
     ]
 
 
-def _factors(stored: Sequence[Stored], width: float) -> tuple[np.ndarray, float]:
+def _factors(stored: Sequence[Stored], wanted: Sequence[float]) -> list[tuple[np.ndarray, float]]:
     ends, widths = zip(*((one.updates, one.width) for one in stored), strict=True)
-    return coefficients(ends, widths, max(ends), width)
+    return coefficients(ends, widths, max(ends), wanted)

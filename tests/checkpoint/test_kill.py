@@ -13,12 +13,25 @@ from pathlib import Path
 from comparison import checkpoint_differences
 from lives import start, train
 from pipeline.checkpoint_index import damage
-from pipeline.run_folder import STATE_FILE, checkpoint_dir, checkpoint_steps
+from pipeline.models.posthoc_ema import WIDTHS
+from pipeline.run_folder import (
+    AVERAGES_DIR,
+    STATE_FILE,
+    checkpoint_dir,
+    checkpoint_steps,
+    power_average_file,
+)
 from warm import Fork
 
 KILLS = 20
 STEPS = 450
-OVERRIDES = (f"steps={STEPS}", "save_every=2", "validate_every=50", "log_every=20")
+OVERRIDES = (
+    f"steps={STEPS}",
+    "save_every=2",
+    "validate_every=50",
+    "log_every=20",
+    "posthoc_ema=on",
+)
 
 
 def wait_for_step(run_dir: Path, process: Fork, step: int) -> None:
@@ -48,6 +61,10 @@ def wait_for_a_save(
     time.sleep(delay)
 
 
+def snapshots(run_dir: Path) -> list[int]:
+    return checkpoint_steps(run_dir, AVERAGES_DIR)
+
+
 def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
     lives, interrupted_saves, before = 0, 0, 0
@@ -72,12 +89,24 @@ def test_twenty_kills_cost_nothing(dataset: Path, tmp_path: Path) -> None:
         assert [damage(checkpoint_dir(run_dir, step)) for step in steps] == [""] * len(steps)
         assert not steps or steps[-1] >= before  # no committed checkpoint is lost
         before = steps[-1] if steps else 0
+        for step in (kept := snapshots(run_dir)):
+            assert damage(checkpoint_dir(run_dir, step, AVERAGES_DIR)) == ""
+        assert not kept or kept[-1] <= before  # none is of a step that is repeated
     assert before > 0
     assert interrupted_saves >= 5
     train(dataset, run_dir, *OVERRIDES)
     # How often it saves does not change what it learns, only which checkpoints are healthy.
     train(dataset, straight, *OVERRIDES, f"save_every={STEPS}")
     assert checkpoint_differences(straight, run_dir, STEPS) == ["state.json"]
+    # Nor is a snapshot of the averages lost, or of other weights.
+    assert snapshots(straight) == snapshots(run_dir)
+    assert len(snapshots(run_dir)) > 40
+    for step in snapshots(run_dir):
+        for name in map(power_average_file, WIDTHS):
+            first, second = (
+                checkpoint_dir(folder, step, AVERAGES_DIR) / name for folder in (straight, run_dir)
+            )
+            assert first.read_bytes() == second.read_bytes()
     states = [
         json.loads((checkpoint_dir(folder, STEPS) / STATE_FILE).read_text())
         for folder in (straight, run_dir)

@@ -21,16 +21,16 @@ from pipeline.models.posthoc_ema import (
     sampled,
 )
 
-LAST = 2600  # updates; from 2,048 on, one of two is sampled
+LAST = 9000  # updates; from 8,192 on, one of two is sampled
 
 
 def weights_of(end: int, width: float) -> np.ndarray:
     """Return the weight of each of the updates 1 to `end` in the average of `width` at `end`."""
     weights, before = np.zeros(end + 1), 0
+    power, last = exponent(width) + 1, sampled(end)
     for update in range(1, end + 1):
         if sampled(update) == update:
-            power = exponent(width) + 1
-            weights[update] = (update / sampled(end)) ** power - (before / sampled(end)) ** power
+            weights[update] = (update / last) ** power - (before / last) ** power
             before = update
     return weights[1:]
 
@@ -89,16 +89,16 @@ def test_weights_have_the_mean_and_the_width_of_the_power_function() -> None:
 
 
 def test_one_update_of_every_block_is_sampled() -> None:
-    taken = [update for update in range(1, 40_000) if sampled(update) == update]
-    assert taken[:2048] == [*range(1, 2048), taken[2047]]
-    for block, first, last in ((2, 2048, 4096), (4, 4096, 8192), (16, 16_384, 32_768)):
+    taken = [update for update in range(1, 70_000) if sampled(update) == update]
+    assert taken[:8191] == [*range(1, 8192)]
+    for block, first, last in ((2, 8192, 16_384), (4, 16_384, 32_768), (8, 32_768, 65_536)):
         own = [update for update in taken if first <= update < last]
         assert [update // block for update in own] == list(range(first // block, last // block))
         # evenly over the places in a block, so that no period of the training is met
         counts = np.bincount([update % block for update in own], minlength=block)
         assert counts.min() >= 0.9 * len(own) / block
     newest = 0
-    for update in range(1, 9000):
+    for update in range(1, 20_000):
         newest = update if sampled(update) == update else newest
         assert sampled(update) == newest
 
@@ -115,7 +115,7 @@ def test_another_length_is_the_directly_tracked_average(
 ) -> None:
     ends = [update for update in trajectory.snapshots for _ in WIDTHS]
     widths = [width for _ in trajectory.snapshots for width in WIDTHS]
-    factors, error = coefficients(ends, widths, LAST, width)
+    ((factors, error),) = coefficients(ends, widths, LAST, [width])
     stored = torch.stack(
         [trajectory.snapshots[end][w] for end, w in zip(ends, widths, strict=True)]
     )
@@ -132,7 +132,7 @@ def test_another_length_is_the_directly_tracked_average(
 def test_the_error_is_that_of_the_weights() -> None:
     ends, widths = [200, 200, 400, 400], [*WIDTHS, *WIDTHS]
     for width in (0.05, 0.07, 0.16):
-        factors, error = coefficients(ends, widths, 400, width)
+        ((factors, error),) = coefficients(ends, widths, 400, [width])
         made = sum(
             factor * np.append(weights_of(end, own), np.zeros(400 - end))
             for factor, end, own in zip(factors, ends, widths, strict=True)
@@ -141,8 +141,9 @@ def test_the_error_is_that_of_the_weights() -> None:
         assert error == pytest.approx(
             np.linalg.norm(made - wanted) / np.linalg.norm(wanted), rel=1e-6, abs=1e-9
         )
-    assert coefficients(ends, widths, 400, 0.05)[1] < 1e-9
-    assert coefficients(ends, widths, 400, 0.01)[1] > LARGEST_ERROR
+    (_, exact), (_, large) = coefficients(ends, widths, 400, [0.05, 0.01])
+    assert exact < 1e-9
+    assert large > LARGEST_ERROR
 
 
 def test_snapshots_are_bounded_and_spaced_as_the_averages_grow() -> None:
