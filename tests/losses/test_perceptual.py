@@ -480,7 +480,7 @@ def test_all_trunks_compile_as_one_graph(vgg16, vgg19, alex) -> None:
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_losses_on_vgg19_share_a_trunk_and_change_nothing(vgg19: str, precision: str) -> None:
     layers = {
-        "vgg_feature": {"conv3_1": 1.0},
+        "vgg_feature": {"conv2_1": 1.0},
         "vgg_patch": {"conv2_2": 1.0, "conv1_2": 0.5},
         "contextual": {"conv2_2": 1.0},
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import tempfile
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.selfcheck.report import Report
@@ -33,12 +35,18 @@ LOSSES = (
     "ldl",
     "tv",
 )
-EXACT, HALF_PSNR, GRADIENT_COSINE = 1e-4, 45.0, 0.98
+TRUNK_LOSSES = {
+    "vgg_feature": "vgg19",
+    "vgg_patch": "vgg19",
+    "contextual": "vgg19",
+    "dists": "vgg16",
+}
+EXACT, HALF_PSNR, GRADIENT_COSINE, TRUNK_COSINE = 1e-4, 45.0, 0.98, 0.9
 SIDE = 48
 
 
 def run(report: Report) -> None:
-    """Check every network, then losses, metrics, rounding and TF32."""
+    """Check every network, then losses, metrics, rounding, TF32 and losses on trunks."""
     import torch
 
     torch.manual_seed(0)
@@ -58,6 +66,8 @@ def run(report: Report) -> None:
             _tf32(report)
     else:
         report.skip("tf32", "no GPU")
+    with report.guarded("trunk"):
+        _trunks(report)
 
 
 def exact() -> AbstractContextManager[Any]:
@@ -165,6 +175,59 @@ def _losses(report: Report) -> None:
             report.at_most(
                 f"loss.{name}", error, 1e-3, note="value and gradient against float64, relative"
             )
+
+
+def _trunks(report: Report) -> None:
+    """Compare losses on trunks with random weights, in the device's precision, with float64.
+
+    On a GPU that is FP16, and one of them is also compiled.
+    """
+    import torch
+
+    from pipeline.losses.trunks import VGG16_BLOCKS, VGG19_BLOCKS, vgg_features
+
+    hr = torch.nn.functional.interpolate(torch.rand(1, 3, 16, 16), size=(64, 64), mode="bicubic")
+    hr = hr.clamp(0, 1)
+    sr = (hr + 0.1 * torch.randn_like(hr)).clamp(0, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, blocks in (("vgg16", VGG16_BLOCKS), ("vgg19", VGG19_BLOCKS)):
+            layers = vgg_features(blocks)
+            for layer in layers:
+                if isinstance(layer, torch.nn.Conv2d):  # keeps the magnitude of the signal
+                    torch.nn.init.kaiming_normal_(layer.weight)
+            torch.save(layers.state_dict(), Path(folder, name))
+        for name, trunk in TRUNK_LOSSES.items():
+            with report.guarded(f"trunk.{name}"):
+                _trunk_loss(report, name, str(Path(folder, trunk)), sr, hr)
+
+
+def _trunk_loss(report: Report, name: str, file: str, sr: Tensor, hr: Tensor) -> None:
+    import torch
+
+    from pipeline.engine.engine import compile_module
+    from pipeline.losses import LOSSES as TABLE
+    from pipeline.losses import Criterion
+
+    exactly = sr.double().requires_grad_()
+    wanted = TABLE[name](weights=file).double()(exactly, hr.double())
+    wanted.backward()
+    criterion = Criterion({name: {"weight": 1.0, "weights": file}}, report.device)
+
+    def compare(kind: str) -> None:
+        own = sr.clone().to(report.device).requires_grad_()
+        value = criterion(own, hr.to(report.device))[name]
+        value.backward()
+        error = abs(float(value) - float(wanted)) / abs(float(wanted))
+        report.at_most(f"{kind}.{name}", error, 0.01, note="against float64, relative")
+        gradients = own.grad.flatten().double().cpu(), exactly.grad.flatten()
+        cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+        report.at_least(f"{kind}_gradient.{name}", float(cosine), TRUNK_COSINE, note="cosine")
+
+    compare("trunk")
+    if name == "dists" and report.is_on_gpu and report.has_time_for(30):
+        for module in criterion.trunks:
+            compile_module(module, channels_last=True)
+        compare("trunk_compiled")
 
 
 def _metrics(report: Report) -> None:
