@@ -221,7 +221,7 @@ def build_optimizer(
     params = dict(section.get("params", {}))
     for key in ("torch_adam", "fused", "foreach"):  # implementation choices, made here instead
         params.pop(key, None)
-    if "betas" in params:
+    if isinstance(params.get("betas"), list):
         params["betas"] = tuple(params["betas"])
     if name in FUSED:
         params["fused"] = True

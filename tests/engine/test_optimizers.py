@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import SCHEDULE_FREE, differences, logged
 from lives import in_ranks, train
+from pipeline.cli import UserError
 from pipeline.config.ds_config import OPTIMIZERS
 from pipeline.engine.engine import RateFactor, build_optimizer
 from pipeline.engine.optimizers.foreach import as_matrix
@@ -283,6 +284,35 @@ def test_its_updates_are_the_formulas(case: str) -> None:
             atol=1e-6,
             msg=lambda text, i=i: f"{SHAPES[i]}: {text}",
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        (
+            "Adan",
+            {"betas": [0.9, 0.99]},
+            "optimizer Adan: betas must be 3 numbers, not (0.9, 0.99)",
+        ),
+        ("AdamW", {"betas": 0.9}, "optimizer AdamW: "),
+        ("RAdam", {"betas": 0.9}, "betas must be 2 numbers, not 0.9"),
+        ("NAdam", {"betas": [0.9, 1.0]}, "betas must be from 0 to below 1"),
+        ("NAdam", {"lr": "fast"}, "lr must be 0 or above, not 'fast'"),
+        ("Muon", {"lr": -1.0}, "lr must be 0 or above, not -1.0"),
+        ("Muon", {"adjust_lr_fn": "none"}, "must be match_rms_adamw or original, not 'none'"),
+        ("Muon", {"adamw_lr": -1}, "adamw_lr must be 0 or above, not -1"),
+        ("Muon", {"ns_steps": 0}, "ns_steps must be a whole number from 1 to 20, not 0"),
+        ("Adafactor", {"d": 0}, "d must be above 0, not 0"),
+        ("Adafactor", {"beta2_decay": 0.8}, "beta2_decay must be from -1 to below 0, not 0.8"),
+        ("SOAP", {"precondition_frequency": 0}, "must be a whole number, 1 or above, not 0"),
+        ("ScheduleFreeAdamW", {"weight_decay": -1}, "weight_decay must be 0 or above, not -1"),
+    ],
+)
+def test_a_bad_value_is_one_clear_line(name: str, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(name, [nn.Parameter(torch.zeros(1))], **params)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_muon_moves_singular_values_to_about_one() -> None:

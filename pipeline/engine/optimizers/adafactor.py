@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, as_matrix, by_shape, pick
+from pipeline.engine.optimizers.foreach import (
+    ForeachOptimizer,
+    State,
+    as_matrix,
+    by_shape,
+    numbers,
+    pick,
+)
 
 
 class Adafactor(ForeachOptimizer):
@@ -36,11 +43,11 @@ class Adafactor(ForeachOptimizer):
             raise ValueError(f"beta2_decay must be from -1 to below 0, not {beta2_decay!r}")
         if not d > 0:
             raise ValueError(f"d must be above 0, not {d!r}")
-        first, second = eps
+        least, least_rms = numbers("eps", [0.0 if one is None else one for one in eps], 2)
         super().__init__(params, lr=lr, d=d, weight_decay=weight_decay)
-        smallest = torch.finfo(torch.float32).eps if first is None else first
+        least = least or torch.finfo(torch.float32).eps
         for group in self.param_groups:
-            group |= {"beta2_decay": beta2_decay, "eps": (smallest, second)}
+            group |= {"beta2_decay": beta2_decay, "eps": (least, least_rms)}
 
     def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
         if weight.dim() < 2:

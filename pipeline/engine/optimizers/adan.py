@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, correction, pick
+from pipeline.engine.optimizers.foreach import (
+    ForeachOptimizer,
+    State,
+    correction,
+    numbers,
+    pick,
+)
 
 
 class Adan(ForeachOptimizer):
@@ -27,11 +33,8 @@ class Adan(ForeachOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if len(betas) != 3:
-            raise ValueError(
-                f"betas must be three numbers, such as [0.98, 0.92, 0.99], not {betas!r}"
-            )
-        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        betas = numbers("betas", betas, 3)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
         names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")

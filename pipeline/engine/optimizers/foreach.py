@@ -195,6 +195,13 @@ def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(found.values())
 
 
+def numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
+    """Return `value` as a tuple of `count` numbers; raise `ValueError` if it is anything else."""
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        raise ValueError(f"{name} must be {count} numbers, not {value!r}")
+    return tuple(value)
+
+
 SHARES = ("betas", "momentum")  # from 0 up to, but not including, 1
 NOT_NUMBERS = ("nesterov", "adjust_lr_fn", "decoupled_weight_decay")
 

@@ -15,6 +15,7 @@ from pipeline.engine.optimizers.foreach import (
     adamw,
     as_matrix,
     by_shape,
+    numbers,
     pick,
 )
 
@@ -59,7 +60,7 @@ class Muon(ForeachOptimizer):
             raise ValueError(f"ns_steps must be a whole number from 1 to 20, not {ns_steps!r}")
         if adamw_lr is not None and not (isinstance(adamw_lr, (int, float)) and adamw_lr >= 0):
             raise ValueError(f"adamw_lr must be 0 or above, not {adamw_lr!r}")
-        first, second = betas
+        betas = numbers("betas", betas, 2)
         super().__init__(
             params,
             lr=lr,
@@ -70,7 +71,7 @@ class Muon(ForeachOptimizer):
             adjust_lr_fn=adjust_lr_fn,
             # A factor, because schedules set a group's only rate.
             adamw_factor=1.0 if adamw_lr is None or not lr else adamw_lr / lr,
-            betas=(first, second),
+            betas=betas,
             eps=eps,
         )
 

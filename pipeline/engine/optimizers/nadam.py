@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, correction, pick
+from pipeline.engine.optimizers.foreach import (
+    ForeachOptimizer,
+    State,
+    correction,
+    numbers,
+    pick,
+)
 from pipeline.engine.optimizers.radam import decayed
 
 
@@ -30,11 +36,11 @@ class NAdam(ForeachOptimizer):
         momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        first, second = betas
+        betas = numbers("betas", betas, 2)
         super().__init__(
             params,
             lr=lr,
-            betas=(first, second),
+            betas=betas,
             eps=eps,
             weight_decay=weight_decay,
             momentum_decay=momentum_decay,

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, correction, pick
+from pipeline.engine.optimizers.foreach import (
+    ForeachOptimizer,
+    State,
+    correction,
+    numbers,
+    pick,
+)
 
 
 class RAdam(ForeachOptimizer):
@@ -27,11 +33,11 @@ class RAdam(ForeachOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        first, second = betas
+        betas = numbers("betas", betas, 2)
         super().__init__(
             params,
             lr=lr,
-            betas=(first, second),
+            betas=betas,
             eps=eps,
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, correction, pick
+from pipeline.engine.optimizers.foreach import (
+    ForeachOptimizer,
+    State,
+    correction,
+    numbers,
+    pick,
+)
 
 
 class ScheduleFreeAdamW(ForeachOptimizer):
@@ -34,11 +40,11 @@ class ScheduleFreeAdamW(ForeachOptimizer):
         r: float = 0.0,
         weight_lr_power: float = 2.0,
     ) -> None:
-        first, second = betas
+        betas = numbers("betas", betas, 2)
         super().__init__(
             params,
             lr=lr,
-            betas=(first, second),
+            betas=betas,
             eps=eps,
             weight_decay=weight_decay,
             r=r,

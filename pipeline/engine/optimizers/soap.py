@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.optimizers.foreach import ForeachOptimizer, State, by_shape, correction, pick
+from pipeline.engine.optimizers.foreach import (
+    ForeachOptimizer,
+    State,
+    by_shape,
+    correction,
+    numbers,
+    pick,
+)
 
 
 class SOAP(ForeachOptimizer):
@@ -42,12 +49,12 @@ class SOAP(ForeachOptimizer):
         ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or above, not {value!r}")
-        first, second = betas
+        betas = numbers("betas", betas, 2)
         super().__init__(
             params,
             lr=lr,
-            betas=(first, second),
-            shampoo_beta=second if shampoo_beta is None else shampoo_beta,
+            betas=betas,
+            shampoo_beta=betas[1] if shampoo_beta is None else shampoo_beta,
             eps=eps,
             weight_decay=weight_decay,
             precondition_frequency=precondition_frequency,
