@@ -168,22 +168,15 @@ class VapSR(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Use Kaiming normal (fan in, gain 1) in the blocks, a tenth of it outside, norms 0.1.
+        """Use Kaiming normal (fan in, gain 1) for convolutions, 0.1 for norms, 0 for biases.
 
-        Biases are 0; the norms' value is the paper's. Outside the blocks, small weights keep the
-        noise of the random features out of the first images. Within them, the attention is a
-        product of features, whose gradients would vanish with small weights. With the residual, the
-        last convolution starts at 0, so that the first output is exactly bicubic; in the first step
-        only that layer has a gradient, and from the second step on every layer has one. Since this
-        layer keeps the noise out by itself, the rest of the upsampler has full weights; otherwise
-        it would learn nothing for the first hundred steps: the demo's network gained 0.94 dB on its
-        validation photograph in 150 steps instead of 0.14.
+        The norms' value is the paper's. With the residual, the last convolution starts at 0, so
+        that the first output is exactly bicubic; in the first step only that layer has a gradient,
+        and from the second step on every layer has one. The convolutions before and after the
+        blocks then have a tenth of their weights. Without the residual, small weights outside the
+        blocks would cost 1.8 dB after a minute of training (benchmarks/quality.py start).
         """
-        small = (
-            ("conv_first", "conv_body")
-            if self.residual_kernel is not None
-            else ("conv_", "upsampler")
-        )
+        small = ("conv_first", "conv_body") if self.residual_kernel is not None else ()
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")

@@ -162,16 +162,20 @@ def test_with_the_residual_training_starts_at_bicubic(scale, value_range):
     assert (sr - bicubic)[inner].abs().max() < 1e-5
 
 
-def test_initial_values_are_the_documented_ones():
+@pytest.mark.parametrize("residual", ["none", "bicubic"])
+def test_initial_values_are_the_documented_ones(residual):
     torch.manual_seed(0)
-    network = VapSR(scale=4, num_blocks=2)
+    network = VapSR(scale=4, num_blocks=2, global_residual=residual)
+    small = ("conv_first", "conv_body") if residual == "bicubic" else ()
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.LayerNorm):
             assert torch.equal(module.weight, torch.full((48,), 0.1))
             assert not module.bias.any()
         elif isinstance(module, torch.nn.Conv2d):
             fan_in = module.weight[0].numel()
-            gain = 1 if name.startswith("body.") else 0.1
+            gain = 0.1 if name in small else 1
+            if residual == "bicubic" and name == "upsampler.3":
+                gain = 0
             assert module.weight.std().item() == pytest.approx(gain * fan_in**-0.5, rel=0.1)
             assert not module.bias.any()
 
