@@ -18,7 +18,8 @@ vastscale_bootstrap requirements-dev.txt
 cd "$root"
 unset PYTHONDONTWRITEBYTECODE  # hundreds of interpreters start here, and each would compile the code again
 # More processes than cores, because many tests wait for time limits, sockets or disks. tests/conftest.py orders them.
-parallel=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+# A process that crashes ends the tests: with another in its place, pytest-xdist 3.8.0 would wait for it forever.
+parallel=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --max-worker-restart 0)
 if [ $# = 0 ]; then
     set -- "${parallel[@]}"
 elif [ "$1" = fast ]; then

@@ -347,9 +347,10 @@ def train_here(
     run_dir: Path,
     overrides: tuple[str, ...],
     fault: Fault | None = None,
+    recipe: str = "demo",
     **options: Any,
 ) -> dict[str, Any]:
-    """Train the demo recipe in this process, which is a rank; return its exit status and output.
+    """Train `recipe` in this process, which is a rank; return its exit status and output.
 
     `options`: further ones of `TrainOptions`.
     """
@@ -359,7 +360,7 @@ def train_here(
 
     asked = TrainOptions(
         overrides=overrides,
-        recipe="demo",
+        recipe=recipe,
         dataset_dir=(dataset,),
         output_dir=run_dir,
         **options,
