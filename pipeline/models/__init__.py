@@ -22,6 +22,11 @@ in a file that does not describe itself:
   tensors belong to another network.
 - `convert(tensors)`: tensors of the same network under another project's names; returns them under
   our names, or `None`.
+
+It may also say of its parameters:
+
+- `UNSEEN`: those that other programs do not see in the tensors of our files -> what they assume.
+- `ONLY_INITIAL`: those that determine nothing but the initial weights.
 """
 
 from __future__ import annotations

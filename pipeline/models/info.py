@@ -1,6 +1,7 @@
 """Print a network's layers, parameters, multiply-adds, receptive field and weight size.
 
 python -m pipeline.models.info vapsr_x4
+python -m pipeline.models.info --table
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import copy
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cli import UserError, run
 from pipeline.config.recipe import Recipe, load_recipe, parse_overrides
-from pipeline.models import build_generator
+from pipeline.models import build_generator, comparison
 from pipeline.models.discriminators import (
     AttentionUNetDiscriminator,
     PatchDiscriminator,
     build_discriminator,
 )
-from pipeline.models.spandrel import SpandrelNetwork
+from pipeline.models.spandrel import SpandrelNetwork, large_weights
 from pipeline.models.weights import SUFFIXES, read_network
 from pipeline.run_folder import run_network_file
 
@@ -53,6 +55,9 @@ class Options:
     averaged weights). Needs no dataset and no GPU. Multiply-adds (MACs) count the convolutions and
     matrix products for one HR image of size --hr, as in papers; a FLOP count is twice as high.
 
+    --table compares the networks of all recipes: also their speed and memory on this CPU, their
+    effective receptive field, and whether they convert to ONNX and OpenVINO.
+
     For example:
 
         python -m pipeline.models.info vapsr_x4 generator.num_blocks=11
@@ -60,7 +65,7 @@ class Options:
         python -m pipeline.models.info runs/demo --json
     """
 
-    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE|FILE|RUN")]
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE|FILE|RUN")] = ""
     """Name of a recipe in recipes/, path of a YAML recipe, weights file, or run folder."""
     overrides: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KEY=VALUE ...")
@@ -70,8 +75,23 @@ class Options:
     """Which network of the recipe; a discriminator is measured with one crop."""
     hr: tuple[int, int] = (1280, 720)
     """Width and height of the HR image to measure for, rounded down to multiples of the scale."""
+    effective: bool = False
+    """Also measure the effective receptive field (Luo et al. 2016): the side of the square that has
+    95 % of the gradient's energy. A recipe's network gets random weights of full size for it."""
     json: bool = False
     """Print one JSON object with all numbers instead of the table."""
+    table: bool = False
+    """Compare the networks of all recipes. Takes a minute or two per network."""
+    recipes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """With --table: only the networks of these recipes."""
+    write: bool = False
+    """With --table: also write the rows into docs/networks.md."""
+    skip_conversion: bool = False
+    """With --table: leave out the conversions, which take minutes for networks with attention."""
+    seconds: float = 5
+    """With --table: CPU seconds that each timing takes at least."""
+    selfcheck: Path | None = None
+    """With --table: a result of launch.selfcheck, for a column with the GPU's training speed."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +123,69 @@ class Report:
     """
     float32_bytes: int
     float16_bytes: int
+    effective_field: int | str | None = None
+    """Side of the square in input pixels; None: not measured."""
 
 
 def main(options: Options) -> int:
-    """Print the report of the network."""
+    """Print the report of the network, or the table of networks."""
+    if options.table:
+        return _print_table(options)
+    for name in ("recipes", "write", "selfcheck"):
+        if getattr(options, name):
+            raise UserError(f"--{name} belongs to --table; add --table, or omit it")
+    if not options.target:
+        raise UserError("name a RECIPE|FILE|RUN, or compare the networks of all recipes: --table")
     title, network, scale, size = _build(options)
     report = describe(network, title, scale, size)
+    if options.effective:
+        if options.part != "generator":
+            raise UserError("--effective measures generators; omit --part")
+        report = replace(report, effective_field=_effective(options, network, scale))
     print(json.dumps(as_json(report), indent=1) if options.json else format_report(report))
     return 0
+
+
+def _effective(options: Options, network: nn.Module, scale: int) -> int | str:
+    with nullcontext() if _is_file(options.target) else large_weights(network):
+        side = comparison.effective_field(network, scale)
+    return f"above {comparison.LARGEST_FIELD}" if side is None else side
+
+
+def _print_table(options: Options) -> int:
+    if options.target or options.json or options.part != "generator":
+        raise UserError("--table compares generators of recipes; give names with --recipes")
+    if options.seconds <= 0:
+        raise UserError(f"--seconds {options.seconds:g} must be above 0")
+    if options.write and options.hr != Options.hr:
+        raise UserError("--write: the page has multiply-adds for 1280x720; omit --hr")
+    comparison.check_recipes(options.recipes)
+    page = comparison.Page(options.recipes) if options.write else None
+    rows: list[comparison.Row] = []
+    for row in comparison.compare_recipes(
+        options.recipes,
+        lambda recipe, network: _cells(recipe, network, options.hr),
+        seconds=options.seconds,
+        convert=not options.skip_conversion,
+        selfcheck=options.selfcheck,
+    ):
+        rows.append(row)
+        if page:  # after each network: what was measured before an interruption is kept
+            page.write(rows)
+    print(comparison.markdown(rows))
+    return 0
+
+
+def _cells(recipe: Recipe, network: nn.Module, hr: tuple[int, int]) -> dict[str, str]:
+    """Return the cells of the table that need no measurement of time."""
+    report = describe(network, "", recipe.scale, _lr_size(hr, recipe.scale))
+    name, field = recipe.generator.params.get("arch", recipe.generator.name), report.receptive_field
+    return {
+        "network": f"{name} x{recipe.scale}",
+        "parameters": f"{report.parameters:,}",
+        "GMACs": f"{report.multiply_adds / 1e9:,.1f}",
+        "field": {GLOBAL: "all", NOT_MEASURED: "varies"}.get(str(field), str(field[0])),
+    }
 
 
 def describe(network: nn.Module, title: str, scale: int, input_size: tuple[int, int]) -> Report:
@@ -289,6 +364,11 @@ def format_report(report: Report) -> str:
             f"({2 * report.multiply_adds / 1e9:.2f} GFLOPs) for "
             f"{width}x{height} -> {width * report.scale}x{height * report.scale}",
             f"receptive field  {SEEN.get(seen, seen)}",
+            *(
+                [f"effective field  {report.effective_field} input pixels per side"]
+                if report.effective_field
+                else []
+            ),
             f"weights          {report.float32_bytes / 1e6:.2f} MB in float32, "
             f"{report.float16_bytes / 1e6:.2f} MB in "
             "float16",
@@ -324,7 +404,7 @@ def _table(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
 def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
     """Interpret the command line; return title, network, scale and (height, width) of the input."""
     path = Path(options.target).expanduser()
-    if path.is_dir() or path.suffix.lower() in SUFFIXES:
+    if _is_file(options.target):
         if options.overrides or options.part != "generator":
             raise UserError(
                 f"{options.target!r} contains a generator's weights: overrides and --part apply "
@@ -362,6 +442,12 @@ def _build(options: Options) -> tuple[str, nn.Module, int, tuple[int, int]]:
         1,
         (crop, crop),
     )
+
+
+def _is_file(target: str) -> bool:
+    """Whether the target is a weights file or a run folder, and not a recipe."""
+    path = Path(target).expanduser()
+    return path.is_dir() or path.suffix.lower() in SUFFIXES
 
 
 def _recipe(options: Options, overrides: dict[str, Any]) -> Recipe:

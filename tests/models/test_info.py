@@ -12,7 +12,8 @@ from torch import nn
 import warm
 from fabricate import CHECKOUT, TINY, make_run, shared, tiny_network, tiny_saved
 from pipeline import cli
-from pipeline.models import build_generator
+from pipeline.config.recipe import load_recipe
+from pipeline.models import build_generator, comparison
 from pipeline.models.discriminators import build_discriminator
 from pipeline.models.info import Options, describe, format_report, main, receptive_field
 from pipeline.models.spandrel import ARCHITECTURES, CONVOLUTIONAL
@@ -314,6 +315,59 @@ def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field)
     assert report["layers"][0]["multiply_adds"] == 128 * 128 * 3 * 64 * per_pixel
 
 
+def test_the_effective_field_is_that_of_the_weights(tmp_path, numbers):
+    """A network whose attention blocks do nothing sees no more than its four other convolutions."""
+    saved = tiny_saved(scale=2, num_blocks=2)
+    for name, tensor in saved.state_dict.items():
+        if "proj_2" in name or name.startswith("conv_body"):
+            tensor.zero_()
+    write_network(tmp_path / "a.pth", saved)
+    report = numbers(tmp_path / "a.pth", "--hr", 96, 96, "--effective")
+    assert report["receptive_field"] == [2 * (4 + 2 * 8) + 1] * 2
+    assert 3 <= report["effective_field"] <= 7
+    assert numbers(tmp_path / "a.pth", "--hr", 96, 96)["effective_field"] is None
+
+
+def test_the_table_has_a_row_for_each_network(info, monkeypatch, tmp_path):
+    measured = {"rate": 12.345, "bytes": 3 << 20}
+    monkeypatch.setattr(comparison, "_in_its_own_process", lambda *_: measured)
+    monkeypatch.setattr(comparison, "_conversions", lambda _: ("yes", "static"))
+    checks = [{"id": "speed.vapsr_s_x2.fp16.eager.b64", "value": 1234.5}]
+    (tmp_path / "a.json").write_text(json.dumps({"checks": checks}))
+    status, output, _ = info(
+        "--table",
+        "--recipes",
+        "vapsr_s_x2",
+        "--hr",
+        "640",
+        "360",
+        "--selfcheck",
+        tmp_path / "a.json",
+    )
+    assert status == 0
+    (row,) = comparison.read_table(output)
+    report = describe(
+        build_generator("vapsr", 2, **load_recipe("vapsr_s_x2").generator.params), "", 2, (180, 320)
+    )
+    assert row == comparison.Row(
+        ("vapsr_s_x2",),
+        {
+            "network": "vapsr x2",
+            "parameters": f"{report.parameters:,}",
+            "GMACs": f"{report.multiply_adds / 1e9:.1f}",
+            "field": str(report.receptive_field[0]),
+            "effective": row.cells["effective"],
+            "training": "12.3",
+            "inference": "12.3",
+            "MiB": "3 / 3",
+            "ONNX": "yes",
+            "OpenVINO": "static",
+            "GPU": "1,234",
+        },
+    )
+    assert 1 <= int(row.cells["effective"]) <= report.receptive_field[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -343,6 +397,15 @@ def test_the_discriminator_of_a_recipe_is_described(numbers, name, count, field)
         (("vapsr_x4", "--part", "discriminator"), "recipe vapsr_x4 has no discriminator"),
         (("vapsr_x4", "--hr", "16", "720"), "--hr 16 720: both sides must be 32 to 32768 pixels"),
         ((), "RECIPE|FILE|RUN"),
+        (("vapsr_x4", "--write"), "--write belongs to --table; add --table, or omit it"),
+        (("vapsr_x4", "--table"), "--table compares generators of recipes"),
+        (("--table", "--recipes", "vapsr_x5"), "--recipes vapsr_x5: no such recipe; did you mean"),
+        (("--table", "--seconds", "0"), "--seconds 0 must be above 0"),
+        (("--table", "--write", "--hr", "640", "360"), "has multiply-adds for 1280x720; omit --hr"),
+        (
+            ("esrgan_x4", "--part", "discriminator", "--effective"),
+            "--effective measures generators; omit --part",
+        ),
     ],
 )
 def test_errors_are_one_line(info, arguments, words):
