@@ -36,6 +36,9 @@ class Options:
     """Use FP16 for weights, arithmetic and, with --io float, images."""
     opset: int = 20
     """ONNX opset version, 17 to 23."""
+    shape: Annotated[str, arg(help_behavior_hint="(default: any size)")] = ""
+    """Write the network for images of this shape only, in LR pixels, such as 1x3x256x256 (batch,
+    channels, height, width; with every --layout)."""
     images: Annotated[Path | None, arg(help_behavior_hint="(default: scikit-image's)")] = None
     """Folder of photographs to compare on."""
     openvino: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,20 @@ from torch import Tensor, nn
 from pipeline.cli import RunError, UserError
 from pipeline.export import openvino_file, tensorrt_file
 from pipeline.export.int8 import Int8, gather, write_int8
-from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
-from pipeline.export.onnx_file import INPUT, OPSETS, OUTPUT, Form, convert, describe, quiet
+from pipeline.export.network_files import MAX_INPUT, OnnxNetwork, OpenVinoNetwork
+from pipeline.export.onnx_file import (
+    FIX_SIZE,
+    INPUT,
+    OPSETS,
+    OUTPUT,
+    Form,
+    convert,
+    describe,
+    quiet,
+)
 from pipeline.export.parity import LIMITS, Check, RunBatch, checks, compare, photographs
 from pipeline.files import check_utf8, flush, write_atomically
+from pipeline.models.common import COLOURS
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import network_file
 
@@ -38,6 +49,7 @@ def run_conversion(
     images: Path | None,
     openvino: bool,
     tensorrt: bool,
+    shape: str = "",
     int8: Int8 | None = None,
 ) -> int:
     """Convert as `convert_to_onnx.py --help` describes; return the exit status.
@@ -47,9 +59,15 @@ def run_conversion(
         RunError: a converted network fails its comparison with PyTorch.
     """
     _check(output, opset, openvino)
+    size = _size_of(shape)
     if int8 is not None and half:
         raise UserError(
             "--int8 quantises the FP32 network, but --half writes an FP16 one; omit one of them"
+        )
+    if int8 is not None and size is not None:
+        raise UserError(
+            "--int8 runs the network on images of several sizes, but --shape fixes one; omit one "
+            "of them"
         )
     material = None if int8 is None else gather(int8)
     photos = photographs(images)
@@ -58,7 +76,7 @@ def run_conversion(
         saved = read_network(source)
         network = saved.build()
     print(f"{saved.name} x{saved.scale} of {source}")
-    form = Form(io, layout, half, opset)
+    form = Form(io, layout, half, opset, size)
     forms = [form]
     if not getattr(network, "is_convolutional", True):
         # Compare in FP32 floats first: the wider limits of FP16 and uint8 would hide an attention
@@ -88,9 +106,16 @@ def _write_onnx(
     write_atomically(path, content)
     with quiet():
         batches = checks(network, form, photos)
-    print(
-        _compared("ONNX Runtime", lambda: OnnxNetwork(path, CPU), batches, form.io, form.half, path)
-    )
+    try:
+        print(
+            _compared(
+                "ONNX Runtime", lambda: OnnxNetwork(path, CPU), batches, form.io, form.half, path
+            )
+        )
+    except RunError as error:
+        if form.size is not None or getattr(network, "is_convolutional", True):
+            raise
+        raise RunError(f"{error}; {FIX_SIZE} writes the network for one size") from error
     return batches
 
 
@@ -168,8 +193,23 @@ def _described(saved: SavedNetwork, form: Form) -> str:
     values = (
         "bytes" if form.io == "uint8" else "float16 in [0, 1]" if form.half else "float32 in [0, 1]"
     )
-    shape = ", ".join(str(part) for part in form.shape("batch", "height", "width"))
+    size = form.size or ("batch", "height", "width")
+    shape = ", ".join(str(part) for part in form.shape(*size))
     return f"RGB {values}, ({shape}) -> x{saved.scale}; input {INPUT!r}, output {OUTPUT!r}"
+
+
+def _size_of(shape: str) -> tuple[int, int, int] | None:
+    """Return batch, height and width of `--shape`; `None` without it."""
+    if not shape:
+        return None
+    found = re.fullmatch(rf"(\d{{1,6}})x{COLOURS}x(\d{{1,6}})x(\d{{1,6}})", shape)
+    batch, height, width = (int(number) for number in found.groups()) if found else (0, 0, 0)
+    if not 0 < batch * height * width <= MAX_INPUT:
+        raise UserError(
+            f"--shape {shape!r} must be BATCHx{COLOURS}xHEIGHTxWIDTH in LR pixels, at most "
+            f"{MAX_INPUT >> 20} Mi in total, such as 1x{COLOURS}x256x256"
+        )
+    return batch, height, width
 
 
 @contextmanager

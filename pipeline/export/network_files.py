@@ -40,6 +40,8 @@ class Device(Protocol):
 
 DESCRIBED = ("architecture", "scale", "params")
 """Metadata keys of this project's files, from which the network can be built."""
+MAX_INPUT = 1 << 26
+"""Maximum number of pixels, over all images, that a file may need at once."""
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 

@@ -1,4 +1,4 @@
-"""Write networks as ONNX files for any batch and image size, with a description in the metadata.
+"""Write networks as ONNX files for images of any size or of one, described in the metadata.
 
 Images are floats or uint8; weights and arithmetic are FP32 or FP16.
 """
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,12 @@ class ByteNetwork(nn.Module):
 
 
 INPUT, OUTPUT = "input", "output"
+INT64 = 7
+"""ONNX's number of the type."""
 OPSETS = range(17, 24)
 """LayerNormalization was added in 17; the pinned torch's exporter writes at most 23."""
+FIX_SIZE = f"convert_to_onnx.py --shape 1x{COLOURS}x256x256"
+"""What writes a file for images of one size, for messages."""
 LARGEST_BYTES = 2**31 - 1
 """Maximum size of a protobuf message."""
 
@@ -83,6 +87,8 @@ class Form:
     half: bool = False
     """FP16 weights and arithmetic."""
     opset: int = 20
+    size: tuple[int, int, int] | None = None
+    """Batch, height and width of the only images that the file takes; `None`: any."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,27 +160,26 @@ def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
     The network itself is left unchanged.
 
     Raises:
-        UserError: the architecture cannot be written for images of any size, or not with the
-            form's opset, or it is too large for an ONNX file.
+        UserError: the architecture cannot be written for images of any size (the message names
+            --shape), or not with the form's opset, or it is too large for an ONNX file.
         RunError: the exporter wrote an invalid file.
     """
     import onnx
 
+    if form.size is None and not getattr(network, "takes_any_size", True):
+        raise UserError(_only_one_size(saved, "its code depends on the image size"))
     network = copy.deepcopy(network).eval()
     _fold_norms(network)
     if form.half:
         for parameter in network.parameters():  # buffers (statistics, kernels) stay in FP32
             parameter.data = parameter.data.half()
     multiple, minimum = _sizes(network)
-    if (multiple, minimum) != (1, 1):
+    if form.size is None and (multiple, minimum) != (1, 1):
         network = Padded(network, multiple, minimum)
     model = _exported(with_form(network, form), form, saved)
     sides = model.graph.input[0].type.tensor_type.shape.dim
-    if not all(side.dim_param or side.dim_value == COLOURS for side in sides):
-        raise UserError(
-            f"network {_name(saved)!r} cannot be written as ONNX for images of any size: its code "
-            "branches on the image size"
-        )
+    if form.size is None and not all(side.dim_param or side.dim_value == COLOURS for side in sides):
+        raise UserError(_only_one_size(saved, "its code branches on the image size"))
     if (written := model.opset_import[0].version) != form.opset:
         raise UserError(
             f"network {_name(saved)!r} cannot be written with opset {form.opset}, but with "
@@ -199,8 +204,10 @@ def convert(saved: SavedNetwork, network: nn.Module, form: Form) -> bytes:
 
 def describe(saved: SavedNetwork, form: Form) -> dict[str, str]:
     """Return the file's metadata: architecture, scale, parameters, provenance and form."""
+    size = {} if form.size is None else {"shape": shown_shape(form.size)}
     return {
         **saved.metadata,
+        **size,
         "architecture": saved.name,
         "scale": str(saved.scale),
         "params": json.dumps(saved.params, sort_keys=True),
@@ -210,6 +217,19 @@ def describe(saved: SavedNetwork, form: Form) -> dict[str, str]:
         "colours": "RGB",
         "range": "0..255" if form.io == "uint8" else "0..1",
     }
+
+
+def shown_shape(size: tuple[int, int, int]) -> str:
+    """Return batch, height and width as `--shape` has them: 1x3x256x256."""
+    batch, height, width = size
+    return f"{batch}x{COLOURS}x{height}x{width}"
+
+
+def _only_one_size(saved: SavedNetwork, why: str) -> str:
+    return (
+        f"network {_name(saved)!r} cannot be written as ONNX for images of any size: {why}; write "
+        f"it for one size with {FIX_SIZE}"
+    )
 
 
 @torch.no_grad()
@@ -235,13 +255,14 @@ def _sizes(network: nn.Module) -> tuple[int, int]:
 
 
 def _exported(module: nn.Module, form: Form, saved: SavedNetwork) -> onnx.ModelProto:
-    dims = {axis: torch.export.Dim(axis) for axis in ("batch", "height", "width")}
+    names = () if form.size else ("batch", "height", "width")
+    dims = {axis: torch.export.Dim(axis) for axis in names}
     axes = {
         place: dims[name]
         for place, name in enumerate(form.shape("batch", "height", "width"))
         if name in dims
     }
-    example = torch.zeros(form.shape(2, 48, 52), dtype=form.dtype)
+    example = torch.zeros(form.shape(*(form.size or (2, 48, 52))), dtype=form.dtype)
     try:
         with quiet():
             program = torch.onnx.export(
@@ -251,16 +272,36 @@ def _exported(module: nn.Module, form: Form, saved: SavedNetwork) -> onnx.ModelP
                 opset_version=form.opset,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
-                dynamic_shapes=(axes,),
+                dynamic_shapes=(axes,) if axes else None,
+                custom_translation_table={torch.ops.aten.sort.stable: _sorted},
                 external_data=False,
                 verbose=False,
             )
             return program.model_proto
     except Exception as error:  # the exporter raises exceptions of many types
-        raise UserError(
-            f"network {_name(saved)!r} cannot be written as ONNX for images of any size: PyTorch's "
-            f"exporter reports {one_line(error.__cause__ or error)}"
-        ) from error
+        why = f"PyTorch's exporter reports {one_line(error.__cause__ or error)}"
+        if form.size is None:
+            raise UserError(_only_one_size(saved, why)) from error
+        raise UserError(f"network {_name(saved)!r} cannot be written as ONNX: {why}") from error
+
+
+def _sorted(
+    values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Any, Any]:
+    """Translate a stable sort of small whole numbers (ATD's), which onnxscript lacks.
+
+    TopK leaves the order of equal values to the backend, so each value gets its place as a second
+    key.
+    """
+    from onnxscript import opset18 as op
+
+    if dim != -1 or descending:
+        raise NotImplementedError("only ascending sorts along the last dimension")
+    count = op.Shape(values, start=-1)
+    places = op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1))
+    keys = op.Add(op.Mul(op.Cast(values, to=INT64), count), places)
+    _, order = op.TopK(keys, count, axis=-1, largest=0, sorted=1)
+    return op.GatherElements(values, order, axis=-1), order
 
 
 def _name(saved: SavedNetwork) -> str:

@@ -109,14 +109,16 @@ def photographs(folder: Path | None) -> list[Tensor]:
 
 
 def checks(network: nn.Module, form: Form, photos: list[Tensor]) -> list[Check]:
-    """Return batches of the photographs' middles, in the `SIZES` in turn, with PyTorch's results.
+    """Return batches of the photographs' middles with PyTorch's results.
 
-    Every size and every photograph occurs at least once.
+    They have the form's size, or else the `SIZES` in turn. Every size and every photograph occurs
+    at least once.
     """
     reference = with_form(network.eval(), form)
+    sizes = SIZES if form.size is None else (form.size,)
     endless, found, taken = itertools.cycle(photos), [], 0
-    for size in itertools.cycle(SIZES):
-        if taken >= len(photos) and len(found) >= len(SIZES):
+    for size in itertools.cycle(sizes):
+        if taken >= len(photos) and len(found) >= len(sizes):
             return found
         images = torch.cat([middle(next(endless), *size[1:]) for _ in range(size[0])])
         taken += size[0]

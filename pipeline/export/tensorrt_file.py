@@ -22,9 +22,11 @@ def is_installed() -> bool:
 
 def command(onnx_file: Path, engine: Path, form: Form) -> str:
     """Return the `trtexec` command that builds the engine, in the precision of the ONNX file."""
+    # trtexec refuses shapes for a file that has its own.
     shapes = (
         f"--{name}Shapes={INPUT}:{'x'.join(map(str, form.shape(*size)))}"
         for name, size in zip(("min", "opt", "max"), SIZES, strict=True)
+        if form.size is None
     )
     return shlex.join(
         ["trtexec", f"--onnx={onnx_file}", f"--saveEngine={engine}", "--stronglyTyped", *shapes]
@@ -48,7 +50,8 @@ def build(onnx_file: Path, engine: Path, form: Form) -> None:
     if not parser.parse_from_file(str(onnx_file)):
         raise RunError(f"TensorRT cannot read {str(onnx_file)!r}: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, form))
+    if form.size is None:
+        config.add_optimization_profile(_profile(builder, form))
     content = builder.build_serialized_network(network, config)
     if content is None:
         raise RunError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.cli import RunError, UserError
 from pipeline.data.image_pixels import read_rgb
-from pipeline.export.network_files import DESCRIBED, NetworkFile
+from pipeline.export.network_files import DESCRIBED, MAX_INPUT, NetworkFile
 from pipeline.export.photographs import SHIPPED, paths_within_packages
 from pipeline.files import parse_json
 from pipeline.inference.backends import FileFacts, from_output, to_input
@@ -23,8 +23,6 @@ from pipeline.inference.reach import STRIP, distance_within, edge_changes, shift
 LIKE_ITS_INPUT = 15.0
 """Minimum PSNR, in dB, of a downscaled result against the input image."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
-MAX_INPUT = 1 << 26
-"""Maximum number of pixels, over all images, that a file may need at once."""
 UNKNOWN_HALO = 64
 """Overlap for networks that see the whole image; their tiles only approximate its result."""
 

@@ -92,10 +92,14 @@ def lay_tiles(
     return sorted(tiles, key=lambda tile: tile.seen_shape, reverse=True)
 
 
-def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int]) -> list[ImageTile]:
-    """Return tiles that fill `shape` once and see exactly `window` (height, width) each.
+def lay_windows(
+    shape: tuple[int, int, int], halo: int, window: tuple[int, int], grid: int = 1
+) -> list[ImageTile]:
+    """Return tiles that fill `shape` once and see `window` (height, width) each.
 
-    A side shorter than the window is seen as a whole.
+    A side shorter than the window is seen as a whole. Tiles start at multiples of `grid`; if it is
+    above 1, the last one may therefore see less than the window, which the backend fills by
+    reflection.
 
     Raises:
         RunError: the window is too small for the overlap that the network needs.
@@ -103,14 +107,14 @@ def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int])
     count, height, width = shape
     try:
         rows, columns = (
-            _windows(length, side, halo)
+            _windows(length, side, halo, grid)
             for length, side in zip((height, width), window, strict=True)
         )
     except ValueError as error:
         raise RunError(
             f"{width}x{height} pixels need tiles, but the network takes only images of "
             f"{window[1]}x{window[0]} and sees {halo} pixels in each direction; convert it for "
-            "images of any size"
+            "images of any size, or of a larger one"
         ) from error
     return sorted(
         (
@@ -123,17 +127,19 @@ def lay_windows(shape: tuple[int, int, int], halo: int, window: tuple[int, int])
     )
 
 
-def _windows(length: int, side: int, halo: int) -> list[tuple[slice, slice]]:
+def _windows(length: int, side: int, halo: int, grid: int) -> list[tuple[slice, slice]]:
     """Return what each tile fills and what it sees along one side."""
     if length <= side:
         return [(slice(0, length), slice(0, length))]
-    step = (side - 2 * halo) // ALIGNMENT * ALIGNMENT
+    unit = math.lcm(ALIGNMENT, grid)
+    step = (side - 2 * halo) // unit * unit
     if step <= 0:
         raise ValueError
-    starts = [*range(0, length - side, step), length - side]
+    last = _aligned(length - side, grid)
+    starts = [*range(0, last, step), last]
     edges = [0, *(start + halo for start in starts[1:]), length]
     return [
-        (slice(*edges[place : place + 2]), slice(start, start + side))
+        (slice(*edges[place : place + 2]), slice(start, min(start + side, length)))
         for place, start in enumerate(starts)
     ]
 
@@ -239,7 +245,8 @@ class Upscaler:
         window = self._backend.window
         if window:
             is_one = shape[1] <= window[0] and shape[2] <= window[1]
-            return lay_windows(shape, 0 if is_one else self._halo(images, is_deep=is_deep), window)
+            halo = 0 if is_one else self._halo(images, is_deep=is_deep)
+            return lay_windows(shape, halo, window, self._backend.grid)
         most = self._pixels_at_once(precision, self._expected_halo(is_deep=is_deep))
         if shape[1] * shape[2] <= most:
             return lay_tiles(shape, 0, most, self._grid)

@@ -12,8 +12,9 @@ A network is one file here and one row in the table. Its class, an `nn.Module`, 
 - `receptive_radius`: how far away, in LR pixels, an input pixel can affect an output pixel. Tiles
   of large images overlap by this much.
 
-Where attention windows repeat only after more than 16 LR pixels, `tile_grid` says after how many:
-tiles then start at multiples of it.
+Where attention windows have a period, `tile_grid` is that period in LR pixels: tiles start at
+multiples of it. `takes_any_size` is False if the class computes something from the image size in
+Python, so that it can be written as ONNX for one size only.
 
 It may have two static methods with which `weights.read_network` identifies a network by the tensors
 in a file that does not describe itself:

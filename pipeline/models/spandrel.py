@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -130,10 +131,16 @@ NEED_AUTOCAST = ("ATD", "CRAFT", "DAT", "DRCT", "GRL", "RGT", "Swin2SR", "SwinIR
 TILE_GRIDS = {"GRL": 64, "SCUNet": 64}
 """Period in pixels of the attention windows, downscaled levels or stripes of an architecture.
 
-All others have a period of at most 16.
+All others have a period of their `window_size` or `split_size`, or of `WINDOW` at most.
 """
+WINDOW = 16
 HIDDEN_PARAMETERS = {"ATD": ("category_size",)}
 """Parameters that files do not reveal and that affect only large images."""
+ONE_SIZE = ("ATD", "CRAFT", "DAT", "HAT", "SAFMN", "SwinIR")
+"""Architectures whose code computes masks, windows or groups from the image size in Python.
+
+An exporter records them for the size of its example only.
+"""
 CONVOLUTIONAL = ("Compact", "ESRGAN", "MoSR", "PLKSR", "SPAN", "SwiftSRGAN")
 """Architectures of convolutions and pixelwise arithmetic only, with the same reach everywhere."""
 
@@ -235,7 +242,40 @@ def normalising(norm: type[nn.Module]) -> type[nn.Module]:
     return ChannelNorm
 
 
+@functools.cache
+def grouping(attention: type[nn.Module]) -> type[nn.Module]:
+    """Return ATD's `AC_MSA` with a stable sort.
+
+    It sorts the pixels by category and attends within groups of neighbours in that order. The
+    original leaves the order within a category open, and it differs between devices; here it is
+    that of the image.
+    """
+
+    class StableGroups(attention):
+        def forward(self, qkv: Tensor, sim: Tensor, x_size: tuple[int, int]) -> Tensor:
+            batch, count, width = qkv.shape
+            order = torch.sort(sim.argmax(dim=-1), dim=-1, stable=True)[1]
+            tokens = _in_order(qkv, order)
+            size = min(count, self.category_size)
+            if missing := -count % size:  # the last group is filled by reflection
+                tokens = torch.cat([tokens, tokens[:, count - missing :].flip(1)], dim=1)
+            heads = (self.num_heads, width // 3 // self.num_heads)
+            query, key, value = tokens.reshape(batch, -1, size, 3, *heads).permute(3, 0, 1, 4, 2, 5)
+            scale = self.logit_scale.clamp(max=math.log(100)).exp()
+            attended = torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1) @ value
+            attended = attended.transpose(2, 3).reshape(batch, -1, width // 3)[:, :count]
+            return self.proj(_in_order(attended, order.argsort(dim=-1)))
+
+    return StableGroups
+
+
+def _in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Return tokens (batch, count, channels) in an order (batch, count)."""
+    return tokens.gather(1, order[..., None].expand_as(tokens))
+
+
 REPLACED_CLASSES = {
+    ("ATD", "AC_MSA"): grouping,
     ("NAFNet", "LayerNorm2d"): normalising,
     ("SPAN", "Conv3XC"): folding,
     ("SeemoRe", "MoELayer"): routing,
@@ -498,8 +538,7 @@ class SpandrelNetwork(nn.Module):
                 module.__class__ = LayerNorm
             elif type(module) is nn.Conv2d and is_wrong_in_bf16(module):
                 module.__class__ = DepthwiseConv2d
-            elif (arch, type(module).__name__) in REPLACED_CLASSES:
-                module.__class__ = REPLACED_CLASSES[arch, type(module).__name__](type(module))
+        _replace_classes(self, arch)
         if "scale" not in vars(self):
             # As in all other networks. ESRGAN has its own attribute, which differs if it
             # unshuffles.
@@ -518,12 +557,21 @@ class SpandrelNetwork(nn.Module):
     @property
     def tile_grid(self) -> int:
         """Tiles must start at multiples of it, so that windows have the whole image's grid."""
-        return TILE_GRIDS.get(self._traits.arch, 1)
+        if self.is_convolutional:
+            return 1
+        window = self.hyperparameters.get("window_size", WINDOW)
+        grid = TILE_GRIDS.get(self._traits.arch, window if isinstance(window, int) else WINDOW)
+        return math.lcm(grid, *self.hyperparameters.get("split_size", ()))  # DAT, RGT
 
     @property
     def is_convolutional(self) -> bool:
         """Whether the architecture's reach is the same at every position."""
         return self._traits.arch in CONVOLUTIONAL
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether exporters can write the network for images of any size."""
+        return self._traits.arch not in ONE_SIZE
 
     @property
     def image_sizes(self) -> tuple[int, int]:
@@ -578,6 +626,8 @@ class SpandrelNetwork(nn.Module):
                     f"arch {arch!r} with {found.input_channels} input and {found.output_channels} "
                     f"output channels; images have {COLOURS}"
                 )
+            if arch == "ATD":  # its own order of equal categories is arbitrary
+                _replace_classes(found.model, arch)
             sizes = found.size_requirements
             self._traits = traits = _Traits(arch, scale, sizes.minimum, sizes.multiple_of)
             side = -(-max(16, traits.minimum) // traits.multiple) * traits.multiple
@@ -586,6 +636,12 @@ class SpandrelNetwork(nn.Module):
             for size in ((side, side), (side + traits.multiple, side + 2 * traits.multiple)):
                 compare(self, found, scale, size)
         self.train()
+
+
+def _replace_classes(network: nn.Module, arch: str) -> None:
+    for module in network.modules():
+        if (arch, type(module).__name__) in REPLACED_CLASSES:
+            module.__class__ = REPLACED_CLASSES[arch, type(module).__name__](type(module))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from fabricate import CHECKOUT, make_run, picture, tiny_network, tiny_saved, wri
 from pipeline import cli
 from pipeline.cli import RunError, UserError
 from pipeline.export import conversion, parity, tensorrt_file
+from pipeline.export.int8 import Int8
 from pipeline.export.network_files import OnnxNetwork, OpenVinoNetwork
 from pipeline.export.onnx_file import INPUT, Form, convert, with_form
 from pipeline.export.parity import LIMITS, Limit
@@ -255,6 +256,46 @@ def test_openvino_has_a_comparison_of_its_own(tmp_path, photos, monkeypatch, cap
     assert (tmp_path / "net.failed.bin").is_file()
 
 
+WINDOWS = {"arch": "SwinIR", "embed_dim": 12, "depths": [2], "num_heads": [2], "img_size": 16}
+
+
+def test_a_network_of_one_size(tmp_path, photos, capsys):
+    saved = saved_network("spandrel", 2, WINDOWS)
+    write_network(tmp_path / "net.pth", saved)
+    output, options = tmp_path / "net.onnx", {"input": tmp_path / "net.pth", "openvino": True}
+    with pytest.raises(
+        UserError, match=r"write it for one size with convert_to_onnx\.py --shape 1x3x25"
+    ):
+        convert_command(output, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+    # 44 is no multiple of the windows' 8 pixels: the network itself extends its images.
+    assert convert_command(output, shape="2x3x48x44", layout="nhwc", **options) == 0
+    out = capsys.readouterr().out
+    assert "RGB float32 in [0, 1], (2, 48, 44, 3) -> x2; " in out
+    assert out.count("  2 x 44x48") == 2 * 2  # four photographs, two backends
+    props = {prop.key: prop.value for prop in onnx.load(output).metadata_props}
+    assert (props["shape"], props["layout"]) == ("2x3x48x44", "nhwc")
+    assert b'<shape value="2x3x48x44"' in (tmp_path / "net.xml").read_bytes()
+    for file in (OnnxNetwork(output, CPU), OpenVinoNetwork(tmp_path / "net.xml", CPU)):
+        assert file.inputs == [(2, 48, 44, 3)]
+    wrong = saved.build()
+    with torch.no_grad():
+        wrong.conv_first.bias[0] += 1e-3
+    batches = parity.checks(wrong, Form(layout="nhwc", size=(2, 48, 44)), photos)
+    assert [check.size for check in batches] == [(2, 48, 44)] * 2
+    with pytest.raises(RunError, match="differs from PyTorch on 2 x 44x48"):
+        parity.compare("it", OnnxNetwork(output, CPU), batches, Limit(90))
+
+
+def test_a_file_that_is_wrong_at_other_sizes_names_the_option(tmp_path, monkeypatch, other):
+    """The exporter may record one size without an error; the comparison finds that out."""
+    write_network(tmp_path / "net.pth", tiny_saved(0))
+    monkeypatch.setattr(conversion, "convert", lambda saved, network, form: other[1])
+    monkeypatch.setattr(VapSR, "is_convolutional", False, raising=False)
+    with pytest.raises(RunError, match=r"differs .* --shape 1x3x256x256 writes .* one size$"):
+        convert_command(tmp_path / "net.onnx", input=tmp_path / "net.pth")
+
+
 def test_the_command_converts_the_newest_run(tmp_path):
     run = make_run(tmp_path / "runs", best=100, global_residual="bicubic")
     done = subprocess.run(
@@ -309,6 +350,13 @@ def test_tensorrt_gets_the_shapes_of_the_layout(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="cannot build an engine"):
         tensorrt_file.build(tmp_path / "a.onnx", tmp_path / "b.engine", Form())
     assert not (tmp_path / "b.engine").exists()
+    package.shapes.clear()
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    fixed = Form(size=(1, 64, 48))  # has no shapes to choose from
+    tensorrt_file.build(tmp_path / "a.onnx", tmp_path / "a.engine", fixed)
+    assert package.shapes == []
+    package.Builder(None).create_builder_config().add_optimization_profile.assert_called_once()
+    assert "Shapes" not in tensorrt_file.command("a.onnx", "a.engine", fixed)
 
 
 class Deciding(nn.Module):
@@ -323,7 +371,9 @@ class Deciding(nn.Module):
 def test_errors_are_one_line(tmp_path):
     saved = SavedNetwork("spandrel", 2, {"arch": "SAFMN"}, {})
     with pytest.raises(
-        UserError, match="'SAFMN' cannot be written as ONNX for images of any size"
+        UserError,
+        match=r"'SAFMN' cannot be written as ONNX for images of any size: .*; write it for one "
+        r"size with convert_to_onnx\.py --shape 1x3x256x256$",
     ) as caught:
         convert(saved, Deciding(), Form())
     assert "\n" not in str(caught.value)
@@ -331,6 +381,13 @@ def test_errors_are_one_line(tmp_path):
     for message, options in {
         r"net\.pth' must end in \.onnx; use net\.onnx": {"output": tmp_path / "net.pth"},
         r"--opset 16 must be from 17 to 23": {"opset": 16},
+        r"--shape '3x64x64' must be BATCHx3xHEIGHTxWIDTH in LR pixels": {"shape": "3x64x64"},
+        r"--shape '1x3x0x64' must be .* such as 1x3x256x256": {"shape": "1x3x0x64"},
+        r"--shape '1x3x9000x9000' must be .* at most 64 Mi in total": {"shape": "1x3x9000x9000"},
+        r"--int8 runs .* several sizes, but --shape fixes one": {
+            "shape": "1x3x64x64",
+            "int8": Int8(),
+        },
         r"no images in the folder .*empty' of --images": {"images": tmp_path / "empty"},
         r"folder .*none' of --images does not exist": {"images": tmp_path / "none"},
     }.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -29,7 +31,10 @@ from pipeline.inference import choosing
 from pipeline.inference.conversion_cache import BackendVerdict as Verdict
 from pipeline.inference.conversion_cache import ConversionCache, Original
 from pipeline.inference.devices import CPU
-from pipeline.models.weights import read_network, write_network
+from pipeline.inference.tiles import Upscaler
+from pipeline.inference.torch_backend import TorchBackend
+from pipeline.models import build_generator
+from pipeline.models.weights import SavedNetwork, read_network, write_network
 
 NAMES = ("color.png", "alpha.png", "gray.png", "deep.tif")
 
@@ -377,6 +382,58 @@ def test_a_network_file_is_a_model(
     assert ("uint8: 16-bit pictures are reduced to 8 bits" in told) == (name == "bytes.onnx")
     # what was found out; nothing was converted
     assert {path.suffix for path in alone.iterdir()} == {".json"}
+
+
+@pytest.fixture(scope="module")
+def one_size(tmp_path_factory):
+    """SwinIR x2 as files for images of 96x112, and the network in PyTorch."""
+    folder = tmp_path_factory.mktemp("one size")
+    params = {"arch": "SwinIR", "embed_dim": 12, "depths": [2], "num_heads": [2], "img_size": 16}
+    torch.manual_seed(0)
+    network = build_generator("spandrel", 2, **params).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    write_network(folder / "net.pth", SavedNetwork("spandrel", 2, params, network.state_dict()))
+    command = ("--input", folder / "net.pth", "--output", folder / "net.onnx", "--openvino")
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()):
+        cli.run(
+            convert_to_onnx.Options,
+            convert_to_onnx.main,
+            [str(argument) for argument in (*command, "--shape", "1x3x96x112")],
+        )
+    assert not stop.value.code
+    return folder, network
+
+
+@pytest.mark.parametrize(("file", "levels"), [("net.onnx", 1), ("net.xml", 2)])
+def test_a_network_of_one_size_takes_images_of_any(one_size, alone, capsys, tmp_path, file, levels):
+    folder, network = one_size
+    on_cpu = Upscaler(TorchBackend(network, torch.device("cpu")))
+    # 150 and 201 are no multiples of the windows' 8 pixels.
+    sizes = {"tiles": (150, 201), "whole": (96, 112), "flat": (30, 300), "small": (31, 40)}
+    for name, size in sizes.items():
+        image = picture(*size)
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+        shown = image[None]
+        if name in ("flat", "small"):  # the network sees them extended by reflection
+            sides = (96 - size[0], max(0, 112 - size[1]))
+            shown = np.pad(shown, ((0, 0), *((0, side) for side in sides), (0, 0)), "reflect")
+        large = on_cpu(shown, shown.dtype, is_deep=False, advance=lambda _: None)
+        expected = large[0, : 2 * size[0], : 2 * size[1]].astype(int)
+        status, told, err = run(
+            capsys,
+            tmp_path / f"{name}.png",
+            "-o",
+            tmp_path / "out" / f"{name}.png",
+            "--model",
+            folder / file,
+        )
+        assert (status, err) == (0, "")
+        assert "spandrel x2" in told
+        found = np.asarray(Image.open(tmp_path / "out" / f"{name}.png")).astype(int)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= levels, name
 
 
 def foreign(path, *, height="height", width="width", white=1.0, multiple=1, **change):

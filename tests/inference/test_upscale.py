@@ -44,7 +44,7 @@ from pipeline.inference.backends import precision_of
 from pipeline.inference.devices import Device
 from pipeline.inference.pictures import Picture
 from pipeline.inference.sizes import upscale_images
-from pipeline.inference.tiles import lay_tiles
+from pipeline.inference.tiles import lay_tiles, lay_windows
 from pipeline.inference.video import _pixels
 from pipeline.libraries import import_torchvision
 from pipeline.models import build_generator
@@ -183,6 +183,25 @@ def test_tiles_fill_the_image_once_and_see_their_halo(shape):
             assert seen.start <= max(0, piece.start - halo)
             assert seen.stop >= min(length, piece.stop + halo)
             assert not seen.start % 16
+    assert (filled == 1).all()
+
+
+@pytest.mark.parametrize("grid", [1, 16, 64])
+@pytest.mark.parametrize("shape", [(1, 40, 256), (2, 257, 300), (1, 900, 447)])
+def test_tiles_of_one_size_fill_the_image_once_and_see_their_halo(shape, grid):
+    halo, window, filled = 20, (160, 256), np.zeros(shape, int)
+    for tile in lay_windows(shape, halo, window, grid):
+        filled[tile.image, tile.rows, tile.columns] += 1
+        for piece, seen, length, side in (
+            (tile.rows, tile.seen_rows, shape[1], window[0]),
+            (tile.columns, tile.seen_columns, shape[2], window[1]),
+        ):
+            assert seen.start <= max(0, piece.start - halo)
+            assert seen.stop >= min(length, piece.stop + halo)
+            # What is missing at the end of an image is filled by reflection.
+            assert seen.stop - seen.start == side or (grid > 1 or side > length)
+            assert grid == 1 or not seen.start % grid
+            assert seen.stop == min(seen.start + side, length)
     assert (filled == 1).all()
 
 

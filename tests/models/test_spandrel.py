@@ -356,6 +356,24 @@ def test_the_experts_are_those_of_spandrel():
     assert len({int(number) for number in torch.cat(chosen)}) > 1
 
 
+@pytest.mark.parametrize("count", [24, 27])  # 27 pixels are no whole number of groups
+def test_pixels_of_a_category_keep_their_order(count):
+    from spandrel.architectures.ATD.__arch.atd_arch import AC_MSA
+
+    torch.manual_seed(0)
+    original = AC_MSA(12, (6, 6), num_tokens=count, num_heads=2, category_size=8)
+    stable = copy.deepcopy(original)
+    stable.__class__ = spandrel.grouping(AC_MSA)
+    qkv = torch.randn(2, count, 36)
+    apart = torch.eye(count)[torch.stack([torch.randperm(count) for _ in range(2)])]
+    with torch.inference_mode():
+        torch.testing.assert_close(stable(qkv, apart, None), original(qkv, apart, None))
+        # Of one category, all stay where they are: each group is a piece of the image.
+        together = torch.eye(count)[torch.zeros(2, count, dtype=torch.long)]
+        in_order = torch.eye(count)[torch.arange(count).expand(2, -1)]
+        assert torch.equal(stable(qkv, together, None), stable(qkv, in_order, None))
+
+
 @pytest.mark.parametrize("space", ["rgb", "y"])
 def test_a_network_that_unshuffles_first_needs_no_channels(space):
     network = build_generator(
