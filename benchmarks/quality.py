@@ -691,7 +691,7 @@ def plot(
     from pipeline.metrics import METRICS
 
     metric = METRICS[experiment.metrics[0]]
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), dpi=110, layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.2), dpi=100, layout="constrained")
     for number, (name, seeds) in enumerate(results.items()):
         curves = list(seeds.values())
         seconds = [point["step"] * curves[0]["seconds_per_step"] for point in curves[0]["curve"]]
@@ -719,7 +719,7 @@ def plot(
     axes.set_ylabel(f"{metric.title}{metric.unit and f', {metric.unit}'}")
     axes.set_title(experiment.title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
     plt.close(figure)
