@@ -170,9 +170,10 @@ def _train_all(plans: Sequence[TrainPlan], ranks: Ranks, watchdog: Watchdog) -> 
     with StopSignals(console.say) as signals, contextlib.ExitStack() as stack:
         refuse_other_hosts(plans, ranks)
         ranks.on_all_ranks(lambda: check_teachers(plans) if ranks.is_first else None)
-        ranks.on_all_ranks(lambda: _take_run_folder(plans, ranks, console, stack))
+        ranks.on_all_ranks(lambda: _lock_run_folder(plans, ranks, console, stack))
         plans = with_start_params(plans, ranks)
         check_stages(plans, ranks)
+        ranks.on_all_ranks(lambda: _move_old_run(plans[0], console) if ranks.is_first else None)
         plans = rehearse(plans, ranks, console.say)
         for plan in _with_from_step(plans, ranks):
             status = _train(plan, ranks, console, signals, watchdog)
@@ -276,10 +277,10 @@ def _train_until_trouble(
             engine.destroy()
 
 
-def _take_run_folder(
+def _lock_run_folder(
     plans: Sequence[TrainPlan], ranks: Ranks, console: Console, stack: contextlib.ExitStack
 ) -> None:
-    """Lock the run folder for the lifetime of `stack`; with --reset, move the old run aside.
+    """Lock the run folder for the lifetime of `stack`.
 
     Separate log folders are locked too: two runs would write to the same files there.
     """
@@ -292,6 +293,10 @@ def _take_run_folder(
     logs = dict.fromkeys(plan.log_dir.resolve() for plan in plans)
     for folder in (plan.home, *(folder for folder in logs if folder not in homes)):
         stack.enter_context(run_lock(folder, console.say))
+
+
+def _move_old_run(plan: TrainPlan, console: Console) -> None:
+    """With --reset, move the old run aside: the last thing before the new one begins."""
     if plan.reset:
         move_logs_aside(plan)
         kept = move_aside(plan.home)

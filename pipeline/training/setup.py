@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import socket
@@ -50,7 +49,14 @@ from pipeline.models.weights import SavedNetwork
 from pipeline.monitor.console import RUN_LOG_FILE
 from pipeline.monitor.journal import TENSORBOARD_DIR
 from pipeline.monitor.wandb_tracker import WANDB_DIR
-from pipeline.run_folder import LOG_FILE, checkpoint_dir, checkpoint_steps, free_path
+from pipeline.run_folder import (
+    LOG_FILE,
+    checkpoint_dir,
+    checkpoint_steps,
+    free_path,
+    holds_run,
+)
+from pipeline.training.checks import refuse_own_folder, refuse_small_files
 from pipeline.training.healing import History, remove_left_checkpoints, return_by_hand
 from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
@@ -128,18 +134,22 @@ def _cores(ranks: Ranks) -> int:
 
 
 def check_stages(plans: Sequence[TrainPlan], ranks: Ranks) -> None:
-    """Validate later stages up front, so that mistakes fail now and not days into the run.
+    """Validate all that stages name before an old run is moved aside and anything is timed.
 
-    Raises `UserError`; all ranks call it together.
+    A first stage that continues is left out: it needs its start weights no longer, and `set_up`
+    moves and times nothing. Raises `UserError`; all ranks call it together.
     """
-    ranks.on_all_ranks(
-        lambda: [_check_stage(plan, before, ranks) for before, plan in itertools.pairwise(plans)]
-    )
+    pairs = list(zip((None, *plans), plans, strict=False))
+    if not plans[0].reset and checkpoint_steps(plans[0].run_dir):
+        pairs = pairs[1:]
+    ranks.on_all_ranks(lambda: [_check_stage(plan, before, ranks) for before, plan in pairs])
 
 
-def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
-    """Check batches, optimizers, schedules, losses, networks, metric trunks and initial weights."""
+def _check_stage(plan: TrainPlan, before: TrainPlan | None, ranks: Ranks) -> None:
+    """Check batches, optimizers, schedules, losses, networks, weights, metric trunks and images."""
     recipe = plan.recipe
+    refuse_own_folder(plan)
+    refuse_small_files(plan)
     micro_batch, _ = batch_sizes(plan.ds_config, ranks.world_size)
     _refuse_odd_batch(recipe, micro_batch)
     for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
@@ -150,21 +160,37 @@ def _check_stage(plan: TrainPlan, before: TrainPlan, ranks: Ranks) -> None:
     crop = torch.full((1, 3, recipe.data.crop, recipe.data.crop), 0.5)
     _criterion(recipe, "cpu")(crop.clone(), crop, crop)
     generator = build_generator(recipe.generator.name, recipe.scale, **recipe.generator.params)
-    if (
-        ranks.is_first
-        and recipe.start not in (None, "previous")
-        and not checkpoint_steps(plan.run_dir)
-    ):
+    begins = ranks.is_first and (plan.reset or not checkpoint_steps(plan.run_dir))
+    # What a stage takes from the one before does not exist yet.
+    if begins and recipe.start is not None and (before is None or recipe.start != "previous"):
         load_start_weights(generator, plan)
+    _checkpoint_activations(generator, recipe)
     if recipe.adversarial:
-        spec = recipe.adversarial.discriminator
-        build_discriminator(spec.name, recipe.data.crop, **spec.params)
-        if recipe.adversarial.start == "previous" and before.recipe.adversarial is None:
+        spec, start = recipe.adversarial.discriminator, recipe.adversarial.start
+        discriminator = build_discriminator(spec.name, recipe.data.crop, **spec.params)
+        if start == "previous" and before and before.recipe.adversarial is None:
             raise UserError(
                 f"stage {recipe.stage}: adversarial.start: previous, but stage "
                 f"{before.recipe.stage} has no discriminator; omit adversarial.start"
             )
-    validation_measures(recipe)
+        if begins and start is not None and (before is None or start != "previous"):
+            load_start_discriminator(discriminator, start, plan)
+    if plan.reset and holds_run(plan.home):
+        # Read twice, because a photograph that cannot be read must not cost the old run its place.
+        ValidationSet(plan.dataset.validation, recipe, ranks)
+        if ranks.is_first:
+            read_previews(recipe, plan.dataset)
+    else:
+        validation_measures(recipe)
+
+
+def _checkpoint_activations(module: nn.Module, recipe: Recipe) -> None:
+    """Checkpoint activations if the recipe asks for it; raise `UserError` if nothing can be."""
+    if recipe.activation_checkpointing == "on" and not checkpoint_activations(module):
+        raise UserError(
+            f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without "
+            "batch norm, whose activations could be recomputed; omit it"
+        )
 
 
 def _refuse_odd_batch(recipe: Recipe, micro_batch: int) -> None:
@@ -326,11 +352,7 @@ def build_networks(
     # PyTorch's kernel, so that validation measures exactly what evaluate.py will measure.
     use_kernel(ema.network, "torch")
     engine = build_engine(generator, ds_config, ranks, plan.runtime)
-    if recipe.activation_checkpointing == "on" and not checkpoint_activations(engine.module):
-        raise UserError(
-            f"activation_checkpointing: on, but {recipe.generator.name} has no blocks without "
-            "batch norm, whose activations could be recomputed; omit it"
-        )
+    _checkpoint_activations(engine.module, recipe)
     compiled = _compile(
         engine.module, recipe, ranks, began, channels_last=layout == "channels_last"
     )

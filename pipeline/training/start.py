@@ -48,7 +48,7 @@ def _start_params(plans: Sequence[TrainPlan]) -> list[tuple[dict[str, Any], dict
     found: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for number, plan in enumerate(plans):
         params = plan.recipe.generator.params
-        recorded = as_recorded(plan)
+        recorded = None if plan.reset else as_recorded(plan)
         if recorded is not None:
             found.append((recorded.recipe.generator.params, dict(recorded.adopted)))
             continue
