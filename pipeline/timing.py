@@ -1,9 +1,11 @@
-"""Comparable timings of calls: alternating, the minimum over several rounds."""
+"""Comparable timings of calls, and words about what takes long."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 
 def fastest_seconds(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
@@ -20,3 +22,15 @@ def fastest_seconds(calls: Sequence[Callable[[], object]], rounds: int) -> list[
             if number:
                 taken.append(time.perf_counter() - start)
     return [min(taken) for taken in times]
+
+
+@contextlib.contextmanager
+def said_if_slow(say: Callable[[str], None], text: str, seconds: float = 2.0) -> Iterator[None]:
+    """Call `say(text)`, from another thread, if the block still runs after `seconds`."""
+    timer = threading.Timer(seconds, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

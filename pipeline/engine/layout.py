@@ -17,6 +17,7 @@ MARGIN = 1.1  # contiguous must be faster by this factor, so that noise does not
 BUDGET = 1.0  # seconds of measuring, after the first step in each format
 PATIENCE = 3.0  # seconds of measuring if the rounds disagree
 LEAST_ROUNDS, MOST_ROUNDS = 2, 25
+LARGEST_PATCH = 64  # pixels of a side that are measured on a CPU, where a step takes long
 
 
 def faster_layout(network: nn.Module, batch: int, patch: int, device: torch.device) -> str:
@@ -24,12 +25,14 @@ def faster_layout(network: nn.Module, batch: int, patch: int, device: torch.devi
 
     `network` is measured on inputs of shape (batch, 3, patch, patch), without torch.compile (which
     keeps the format it is given): in FP16 on a GPU, in FP32 on a CPU, and there with at most 2
-    images, or 1 if they take long. The first step in each format is not counted, because it
-    allocates memory and chooses kernels. Measuring takes one second, or up to three if the rounds
-    disagree: then the machine is busy, and the minimum over more rounds counts.
+    images, or 1 if they take long, of at most `LARGEST_PATCH` pixels a side. The first step in each
+    format is not counted, because it allocates memory and chooses kernels. Measuring takes one
+    second, or up to three if the rounds disagree: then the machine is busy, and the minimum over
+    more rounds counts.
     """
+    side = patch if device.type == "cuda" else min(patch, LARGEST_PATCH)
     images = torch.rand(
-        batch if device.type == "cuda" else min(batch, 2), 3, patch, patch, device=device
+        batch if device.type == "cuda" else min(batch, 2), 3, side, side, device=device
     )
     trial = copy.deepcopy(network).to(device)
     if device.type == "cuda":

@@ -56,6 +56,7 @@ from pipeline.run_folder import (
     free_path,
     holds_run,
 )
+from pipeline.timing import said_if_slow
 from pipeline.training.checks import refuse_own_folder, refuse_small_files
 from pipeline.training.healing import History, remove_left_checkpoints, return_by_hand
 from pipeline.training.options import TrainPlan
@@ -343,7 +344,7 @@ def build_networks(
         _kernel(plan, generator, micro_batch, began, ranks) if is_fp32 else ("torch", "")
     )
     use_kernel(generator, kernel)
-    layout = _layout(plan, generator, micro_batch, began, ranks)
+    layout = _layout(plan, generator, micro_batch, began, ranks, say)
     # Copy the weights into the average before the engine takes them: it may cast them to half
     # precision.
     widths = WIDTHS if recipe.posthoc_ema.is_on else ()
@@ -492,14 +493,26 @@ def _seed(seed: int) -> None:
 
 
 def _layout(
-    plan: TrainPlan, generator: nn.Module, micro_batch: int, began: Progress | None, ranks: Ranks
+    plan: TrainPlan,
+    generator: nn.Module,
+    micro_batch: int,
+    began: Progress | None,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> str:
     if began is not None:
         return began.layout
     if plan.recipe.channels_last != "auto":
         return "channels_last" if plan.recipe.channels_last == "on" else "contiguous"
     patch = plan.recipe.data.crop // plan.recipe.scale
-    measured = faster_layout(generator, micro_batch, patch, ranks.device) if ranks.is_first else ""
+    measured = ""
+    if ranks.is_first:
+        with said_if_slow(
+            say,
+            "measuring in which memory format this network trains faster "
+            "(channels_last=on or off skips this)",
+        ):
+            measured = faster_layout(generator, micro_batch, patch, ranks.device)
     return ranks.agree(measured)
 
 

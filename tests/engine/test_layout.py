@@ -3,11 +3,14 @@ disagree."""
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from pipeline.engine import layout
 from pipeline.engine.layout import faster_layout
+from pipeline.timing import said_if_slow
 
 
 class Clock:
@@ -17,6 +20,7 @@ class Clock:
         self, monkeypatch: pytest.MonkeyPatch, seconds: float, ratios: list[float]
     ) -> None:
         self.now, self.seconds, self.ratios, self.steps, self.batches = 0.0, seconds, ratios, 0, []
+        self.sides: set[int] = set()
         monkeypatch.setattr(layout, "_step_seconds", self._step)
         monkeypatch.setattr(layout.time, "perf_counter", lambda: self.now)
 
@@ -27,6 +31,7 @@ class Clock:
         took = self.seconds * len(images) / (ratio if is_contiguous else 1.0)
         self.now += took
         self.batches.append(len(images))
+        self.sides.add(images.shape[-1])
         return took
 
 
@@ -67,5 +72,21 @@ def test_rounds_that_disagree_are_repeated_for_a_while(network, monkeypatch) -> 
     assert calm.steps < clock.steps
 
 
+@pytest.mark.parametrize(("patch", "side"), [(48, 48), (1024, layout.LARGEST_PATCH)])
+def test_large_crops_are_measured_on_a_part(network, monkeypatch, patch, side) -> None:
+    clock = Clock(monkeypatch, 0.01, [1.3])
+    assert faster_layout(network, 16, patch, torch.device("cpu")) == "contiguous"
+    assert clock.sides == {side}
+
+
 def test_it_measures_a_real_network(network) -> None:
     assert find(network) in layout.LAYOUTS
+
+
+def test_what_takes_long_is_said_while_it_runs_and_nothing_else() -> None:
+    said, heard = [], threading.Event()
+    with said_if_slow(lambda text: (said.append(text), heard.set()), "measuring", 0.01):
+        assert heard.wait(5)
+    with said_if_slow(said.append, "quick", 60):
+        pass
+    assert said == ["measuring"]
