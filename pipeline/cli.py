@@ -226,6 +226,7 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
     # What the user typed, if a shell script called this command.
     prog = os.environ.get("VASTSCALE_COMMAND")
     config = (tyro.conf.FlagCreatePairsOff,)
+    hint = getattr(options, "hint_at", lambda name: "")  # of options for other programs' words
     if (summary := as_typed(options.__doc__ or "")) != options.__doc__:
         options.__doc__ = summary
     known = tyro.extras.get_parser(options, config=config)._option_string_actions
@@ -235,7 +236,7 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
             hint = (
                 f"; for the file or folder of that name, write ./{argument}"
                 if os.path.lexists(argument)
-                else nearest(name, [flag for flag in known if flag.startswith("--")])
+                else hint(name) or _nearest_option(name, known)
             )
             _tell(f"error: unknown option {argument}{hint} (--help lists all)")
             sys.exit(2)
@@ -253,6 +254,13 @@ def _parse(options: Callable[..., Options], arguments: Sequence[str] | None) -> 
         _tell(f"error: unknown argument {unknown[0]} (--help lists all)")
         sys.exit(2)
     return parsed
+
+
+def _nearest_option(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the option nearest to `name`, if one is near; the dashes do not count."""
+    words = {flag.lstrip("-"): flag for flag in known if flag.startswith("--")}
+    match = difflib.get_close_matches(name.lstrip("-"), words, n=1, cutoff=0.6)
+    return f"; did you mean {words[match[0]]!r}?" if match else ""
 
 
 def _unboxed(message: str) -> str:

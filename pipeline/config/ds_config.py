@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.cli import UserError, nearest
+from pipeline.config.elsewhere import ours
 from pipeline.config.recipe import assign, changes, flat
 from pipeline.distributed.launcher import is_from_accelerate
 from pipeline.files import parse_json, read_regular_file
@@ -335,7 +336,7 @@ def _check_ds_config(config: dict[str, Any], path: Path) -> None:
     _check_numbers(config, "", path)
     for key in config:
         if key not in DS_KEYS:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(key, DS_KEYS)}")
+            raise UserError(f"{path}: unknown key {key!r}{ours(key) or nearest(key, DS_KEYS)}")
     for section in DS_SECTIONS & config.keys():
         if not isinstance(config[section], dict):
             raise UserError(

@@ -27,6 +27,7 @@ from pydantic import (
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import names
+from pipeline.config.elsewhere import ours
 from pipeline.config.specs import (
     AdversarialSpec,
     HealingSpec,
@@ -669,7 +670,9 @@ def _one_line(fault: Mapping[str, Any]) -> str:
     parts, fields = _location(fault["loc"])
     key = ".".join(parts) or "recipe"
     if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(parts[-1], fields)}"
+        # A word of another program stands at the top or, for what concerns data, in `data`.
+        known = ours(parts[-1]) if len(parts) == 1 or parts[:-1] == ["data"] else ""
+        return f"{key}: unknown key{known or nearest(parts[-1], fields)}"
     if fault["type"] == "value_error":
         return f"{'' if key == 'recipe' else key + ': '}{fault['ctx']['error']}"
     message = _MESSAGES.get(fault["type"], fault["msg"][0].lower() + fault["msg"][1:])

@@ -21,6 +21,7 @@ from pipeline.config.ds_config import (
     choose_runtime,
     load_ds_config,
 )
+from pipeline.config.elsewhere import ours
 from pipeline.config.recipe import Recipe, load_stages, parse_overrides
 from pipeline.config.specs import NetworkSpec
 from pipeline.data.dataset import Dataset, read_dataset
@@ -106,6 +107,8 @@ class TrainOptions:
     watchdog_minutes: float = 10
     """Kill a rank that makes no progress for this many minutes and print its stack traces; 0
     disables. Counts from the first step."""
+
+    hint_at = staticmethod(ours)
 
 
 @dataclass(frozen=True)
