@@ -19,6 +19,7 @@ from pipeline.installation import as_typed
 RUN_LOG_FILE = "run.log"
 MOST_BYTES = 16 << 20  # of a run.log, which then replaces run.log.1
 BAR = 24  # characters
+LEAST_PARTS = 4  # of a progress line: step, epoch, loss and the time that remains
 COLOURS = {"warning:": "\x1b[33m", "error:": "\x1b[31m"}  # by the beginning of a line
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -74,13 +75,15 @@ class Console:
     def progress(self, text: str, share: float) -> None:
         """Print a progress line; `share` is the part that is done, 0 to 1.
 
-        On a terminal the line is rewritten in place, with a bar; elsewhere it is a new line.
+        On a terminal the line is rewritten in place, with a bar; elsewhere it is a new line. The
+        parts of `text`, separated by two spaces, are in the order of their importance: on a narrow
+        terminal the last ones are left out.
         """
         if self._is_mute:
             return
         self.note(text)
         if self._on_terminal:
-            self._rewrite(f"{bar(share)} {text}")
+            self._rewrite(fitted(text, share, _room()))
         else:
             say(text)
 
@@ -97,9 +100,8 @@ class Console:
         self._file = self._path = None
 
     def _rewrite(self, text: str) -> None:
-        room = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
         with suppress(OSError, ValueError):
-            print(f"\r\x1b[2K{text[:room]}", end="", flush=True)
+            print(f"\r\x1b[2K{text[: _room()]}", end="", flush=True)
         self._line_open = True
 
     def _end_line(self) -> None:
@@ -123,6 +125,25 @@ class Console:
                     f"warning: {self._path.name} cannot be written: {error}; training continues; "
                     "what could not be written is missing"
                 )
+
+
+def _room() -> int:
+    """Return the characters of a line that does not wrap: one that does cannot be rewritten."""
+    return shutil.get_terminal_size().columns - 1
+
+
+def fitted(text: str, share: float, room: int) -> str:
+    """Return a progress line of at most `room` characters, if its first part has no more.
+
+    A bar that would displace the first `LEAST_PARTS` parts of `text` gives way to a percentage.
+    """
+    parts = text.split("  ")
+    start = bar(share)
+    if len(start) + 1 + len("  ".join(parts[:LEAST_PARTS])) > room:
+        start = f"{share:4.0%}"
+    while len(parts) > 1 and len(start) + 1 + len("  ".join(parts)) > room:
+        parts.pop()
+    return f"{start} {'  '.join(parts)}"
 
 
 def bar(share: float) -> str:

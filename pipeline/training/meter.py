@@ -21,6 +21,7 @@ from pipeline.training.health import StepFacts
 from pipeline.training.trainers import StepResult
 
 MOST_PENDING = 500  # updates whose values may wait on the device to be read
+NEW_PACE = 0.3  # weight of the newest reading in the average from which the remaining time follows
 MOST_WAIT = 0.1  # share of time spent waiting for data above which the cause is named
 # Share of the time in which the loader's threads must have degraded for that to be the cause; else
 # they waited for files or decoded.
@@ -41,7 +42,7 @@ class Reading:
     images_per_second: float  # HR crops, all ranks; NaN before the second step of a process
     data_wait: float  # share of this rank's time spent waiting for the loader, 0 to 1
     data_wait_worst: float  # the largest such share of a single step
-    remaining_seconds: float
+    remaining_seconds: float  # at the average pace of this process, newer steps counting more
     # Share of the time in which this rank's loader threads degraded on the host, 0 to 1.
     degrading: float = 0.0
     # Kind of degradation step -> its share of that time; the longest first.
@@ -81,8 +82,8 @@ class Reading:
             ""
             if math.isnan(self.images_per_second)
             else (
-                f"  {self.images_per_second:.1f} images/s  data wait {self.data_wait:.0%}  "
-                f"ETA {duration(self.remaining_seconds)}"
+                f"  ETA {duration(self.remaining_seconds)}  {self.images_per_second:.1f} images/s"
+                f"  data wait {self.data_wait:.0%}"
             )
         )
         loss = f"{sum(self.losses.values()):.5f}" if self.losses else "-"
@@ -116,6 +117,7 @@ class TrainMeter:
         self._pending: list[_Pending] = []
         self._facts: list[StepFacts] = []  # since the last reading
         self._began: float | None = None
+        self._pace = float("nan")  # seconds of a step, averaged over readings
 
     def add(self, result: StepResult) -> None:
         """Add the result of a micro-batch."""
@@ -218,6 +220,9 @@ class TrainMeter:
         elapsed, steps = max(now - self._began, 1e-9), step - self._step
         # The first step of a process is not timed.
         rate = steps / elapsed if steps else float("nan")
+        if steps:
+            pace = 1 / rate if math.isnan(self._pace) else self._pace
+            self._pace = pace + NEW_PACE * (1 / rate - pace)
         degraded = _new_seconds(self._degraded, loader.step_seconds)
         degrading = sum(degraded.values())
         reading = Reading(
@@ -226,7 +231,7 @@ class TrainMeter:
             rate * self._global_batch,
             min(1.0, (loader.waited_seconds - self._waited) / elapsed),
             self._worst_wait,
-            (self._total_steps - step) / rate,
+            (self._total_steps - step) * self._pace,
             min(1.0, degrading / (elapsed * loader.num_workers)),
             {name: seconds / degrading for name, seconds in degraded.items()},
         )

@@ -11,7 +11,7 @@ import pytest
 
 from lives import output_of, train
 from pipeline.monitor import console
-from pipeline.monitor.console import Console, bar
+from pipeline.monitor.console import Console, bar, fitted
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 
@@ -48,7 +48,7 @@ def test_lines_wait_for_the_file_and_progress_is_a_bar(
     voice = Console()
     voice.say("before there is a file")
     voice.log_to(tmp_path / "run.log")
-    voice.progress("step 1/4 " + "x" * 80, 0.25)
+    voice.progress("step 1/4  " + "x" * 80, 0.25)
     voice.show_status("validating")
     voice.say("warning: the disk is full")
     voice.say("PSNR-Y 30 dB", is_good=True)
@@ -59,19 +59,37 @@ def test_lines_wait_for_the_file_and_progress_is_a_bar(
     ]
     assert texts == [
         "before there is a file",
-        "step 1/4 " + "x" * 80,
+        "step 1/4  " + "x" * 80,
         "warning: the disk is full",
         "PSNR-Y 30 dB",
         "only kept",
     ]
     shown = screen.getvalue()
-    assert f"\r\x1b[2K{bar(0.25)} step 1/4 " in shown
+    assert "\r\x1b[2K 25% step 1/4\r" in shown
     assert all(len(re.sub(r"\x1b\[\w+", "", line)) < 60 for line in re.split("[\r\n]", shown)), (
         "no line may wrap"
     )
     assert "\x1b[33mwarning: the disk is full\x1b[0m\n" in shown
     assert "\x1b[32mPSNR-Y 30 dB\x1b[0m\n" in shown
     assert "only kept" not in shown
+
+
+LINE = "step 123456/1000000  epoch 12.3  loss 0.01234  ETA 11:23:00  123.4 images/s  lr 1.00e-04"
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        (200, f"{bar(0.5)} {LINE}"),
+        (100, f"{bar(0.5)} {LINE.partition('  123.4')[0]}"),
+        (79, f" 50% {LINE.partition('  123.4')[0]}"),
+        (60, f" 50% {LINE.partition('  ETA')[0]}"),
+        (10, " 50% step 123456/1000000"),
+    ],
+)
+def test_the_remaining_time_is_shown_in_80_columns(room: int, line: str) -> None:
+    assert fitted(LINE, 0.5, room) == line
+    assert len(line) <= max(room, 24)
 
 
 @pytest.mark.parametrize("name", ["NO_COLOR", "TERM", "a file"])

@@ -121,7 +121,7 @@ def test_a_step_without_losses_reports_none() -> None:
     """As when the generator learns only at every third step."""
     assert "loss" not in reading({}).as_dict()
     assert reading({}).as_dict()["discriminator"] == 0.5
-    assert reading({}).text().startswith("loss -  10.0 images/s")
+    assert reading({}).text().startswith("loss -  ETA 1:00  10.0 images/s")
     both = reading({"l1": 0.25, "adversarial": 0.5})
     assert (both.as_dict()["loss"], both.as_dict()["loss_l1"]) == (0.75, 0.25)
     assert both.text().startswith("loss 0.75000  ")
