@@ -123,7 +123,7 @@ def main(options: Options) -> int:
     if crops.missing():
         print(f"listed crops that are missing: {crops.missing()}; rerun the tool that made them")
     if findings.bad and options.clean:
-        _refuse_too_many(len(findings.bad), survey.images, options.force)
+        _refuse_too_many(findings, survey.images, options)
         # Read the lists before anything moves: a broken list must not stop the run halfway.
         named = _names_in_lists(root)
         with Cleaner(root, survey.manifests, made_again, findings.bad, options.delete) as cleaner:
@@ -315,8 +315,17 @@ def _summarize(survey: Survey, findings: Findings) -> None:
         )
 
 
-def _refuse_too_many(bad: int, total: int, force: bool) -> None:
-    """Raise `UserError` if --clean would remove a large part of the dataset."""
+def _refuse_too_many(findings: Findings, total: int, options: Options) -> None:
+    """Raise `UserError` if --clean would remove a large part of the dataset, or all of it."""
+    bad, force = len(findings.bad), options.force
+    small = [check for check in findings.bad if "is too small" in check.reason]
+    pairs = [check for check in findings.bad if check.gate == "pair"]  # of a small side
+    if small and bad == total and not force and len(small) + len(pairs) == bad:
+        raise UserError(
+            f"all {total} files are smaller than --min-size {options.min_size}; nothing was "
+            "changed; give a smaller --min-size and train with a data.crop as small, or use larger "
+            "images"
+        )
     if bad > MAX_BAD_FILES and bad > MAX_BAD_FRACTION * total and not force:
         raise UserError(
             f"{bad} of {total} files are bad, more than {MAX_BAD_FRACTION:.0%}: check the reasons "

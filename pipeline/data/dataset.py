@@ -275,8 +275,8 @@ def _lr_beside_hr(root: Path, names: Iterable[str], scale: int) -> dict[str, str
     if not os.path.exists(first):  # a later missing file is reported when it is read
         raise UserError(
             f"{first}: no such file, but data.degradation=paired needs it; make pairs with "
-            "`python tools/pairs_to_data.py HR LR OUT`, or give the folder of the LR files with "
-            "--lr-dir"
+            f"`python tools/pairs_to_data.py HR_DIR LR_DIR --scale {scale} --out DIR`, or give the "
+            "folder of the LR files with --lr-dir"
         )
     return paths
 

@@ -26,6 +26,13 @@ TRUNK_FILES = {  # torchvision's file names, also in torch's cache
     "vgg": "vgg16-397923af.pth",
     "vgg19": "vgg19-dcbb9e9d.pth",
 }
+_LPIPS = "lpips_weights=FILE in training, --lpips-weights FILE in evaluate.py"
+NAMED_WITH = {  # trunk -> what names its file, for messages
+    "alex": f"{_LPIPS}, or a loss's weights",
+    "squeeze": f"{_LPIPS}, or a loss's weights",
+    "vgg": f"{_LPIPS} (for DISTS --dists-weights FILE), or a loss's weights",
+    "vgg19": "--vgg-weights FILE in training, or a loss's weights",
+}
 FEATURES, CLASSIFIER = "features.", "classifier."
 
 
@@ -46,8 +53,8 @@ def find_trunk(name: str, file: str | None = None) -> Path:
     if path.is_file():
         return path
     way_out = (
-        f"download {SOURCE}/{TRUNK_FILES[name]} to {cached}, or name a .pth or .safetensors file "
-        "with 'weights' (nothing is downloaded automatically)"
+        f"download {SOURCE}/{TRUNK_FILES[name]} to {cached}, or name a .pth or .safetensors file: "
+        f"{NAMED_WITH[name]} (nothing is downloaded automatically)"
     )
     if file is None:
         raise UserError(f"the weights of the trunk {name!r} are missing: {way_out}")

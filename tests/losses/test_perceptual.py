@@ -229,7 +229,7 @@ def test_a_trunk_is_found_by_name_or_in_the_cache(tmp_path, monkeypatch) -> None
         for part in (
             f"https://download.pytorch.org/models/{file}",
             str(cached),
-            "'weights'",
+            "--vgg-weights FILE" if name == "vgg19" else "--lpips-weights FILE in evaluate.py",
             "nothing is downloaded",
         ):
             assert part in str(caught.value)

@@ -177,6 +177,18 @@ def test_a_few_bad_files_need_no_force(tmp_path):
     assert len(os.listdir(tmp_path / "quarantine")) == 21
 
 
+def test_a_minimum_above_every_file_removes_nothing(tmp_path):
+    write_files(
+        tmp_path,
+        {f"{number}.png": encoded(photograph(96, 96, number), "png") for number in range(9)},
+    )
+    arguments = ["--data-dir", tmp_path, "--min-size", 128, "--clean"]
+    assert_user_error(check(*arguments), "all 9 files are smaller than --min-size 128; nothing was")
+    assert len(os.listdir(tmp_path)) == 9
+    assert check(*arguments, "--force").returncode == 1
+    assert len(os.listdir(tmp_path / "quarantine")) == 10
+
+
 def test_lists_are_left_alone_and_named(tmp_path):
     write_files(tmp_path, {"bad.png": b"text", "good.png": encoded(photograph(96, 96), "png")})
     write_file_list(tmp_path / TRAINING_LIST, ["bad.png", "good.png"])
