@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from importlib import import_module
@@ -102,15 +103,18 @@ SCRIPTS = {  # of commands that are no Python files
 WITHOUT_FLAGS = ("./run_tensorboard.sh", "./run_tests.sh", "launch/cloud/job.sh")
 
 
-def flags_of(command: str) -> set[str]:
-    """The flags that `--help` of a command lists."""
+def parser_of(command: str) -> argparse.ArgumentParser:
     module = SCRIPTS.get(command) or command.removeprefix("-m ").removesuffix(".py")
     if command == "-m launch.doctor" or command == "-m launch.selfcheck":
         module += ".__main__"
     module = import_module(module.replace("/", "."))
     options = getattr(module, "Options", TrainOptions)
-    parser = tyro.extras.get_parser(options, config=(tyro.conf.FlagCreatePairsOff,))
-    return set(parser._option_string_actions)
+    return tyro.extras.get_parser(options, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def flags_of(command: str) -> set[str]:
+    """The flags that `--help` of a command lists."""
+    return set(parser_of(command)._option_string_actions)
 
 
 @pytest.mark.filterwarnings("ignore:get_parser")
@@ -148,6 +152,65 @@ def strings_of(path: Path) -> list[str]:
 
     nodes = ast.walk(ast.parse(path.read_text()))
     return [flat(node) for node in nodes if isinstance(node, (ast.Constant, ast.JoinedStr))]
+
+
+FOREIGN = {  # in source texts, of mpirun, torchrun, accelerate, Slurm, Docker, pip and the like
+    "--allow-run-as-root",
+    "--gpu",
+    "--help-query-gpu",
+    "--helpfull",
+    "--ipc",
+    "--load_fast",
+    "--mca",
+    "--mpirun_hostfile",
+    "--nodelist",
+    "--nodes",
+    "--now",
+    "--nproc_per_node",
+    "--ntasks-per-node",
+    "--num_processes",
+    "--partition",
+    "--port",
+    "--shm-size",
+    "--sparse",
+    "--stats",
+    "--upgrade",
+}
+
+
+@pytest.mark.filterwarnings("ignore:get_parser")
+def test_messages_name_options_that_exist() -> None:
+    """Also in docstrings: `python tool.py --option` of that tool, other options of any command."""
+    page = (ROOT / "docs" / "commands.md").read_text()
+    rows = re.findall(r"^\| `(?:python )?((?:-m )?[\w./]+)", page, re.MULTILINE)
+    parsers = {row: parser_of(row) for row in dict.fromkeys(rows) if row not in WITHOUT_FLAGS}
+    flags = {row: set(parser._option_string_actions) for row, parser in parsers.items()}
+    everything = {"--local_rank"}.union(FOREIGN, *flags.values())
+    wrong = []
+    for path in sources():
+        for text in filter(lambda text: " " in text, strings_of(path)):
+            named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*[a-z0-9]", text))
+            wrong += [(path.name, name) for name in named - everything]
+            for command, rest in re.findall(r"`python ([\w/]+\.py)([^`]*)`", text):
+                named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", rest))
+                wrong += [(path.name, command, name) for name in named - flags[command]]
+                # A command with arguments is one to copy: it has what it needs.
+                given = {word.partition("=")[0] for word in rest.split()}
+                wrong += [
+                    (path.name, command, action.option_strings)
+                    for action in parsers[command]._actions
+                    if given and action.required and action.option_strings
+                    if not given & {*action.option_strings}
+                ]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def sources() -> list[Path]:
+    folders = ("pipeline", "tools", "launch")
+    return [
+        *ROOT.glob("*.py"),
+        *(path for name in folders for path in sorted((ROOT / name).rglob("*.py"))),
+    ]
 
 
 def test_the_messages_in_troubleshooting_are_real() -> None:

@@ -150,7 +150,6 @@ def _check_stage(plan: TrainPlan, before: TrainPlan | None, ranks: Ranks) -> Non
     """Check batches, optimizers, schedules, losses, networks, weights, metric trunks and images."""
     recipe = plan.recipe
     refuse_own_folder(plan)
-    refuse_small_files(plan)
     micro_batch, _ = batch_sizes(plan.ds_config, ranks.world_size)
     _refuse_odd_batch(recipe, micro_batch)
     for ds_config in (plan.ds_config, plan.discriminator_ds_config or {}):
@@ -166,6 +165,7 @@ def _check_stage(plan: TrainPlan, before: TrainPlan | None, ranks: Ranks) -> Non
     if begins and recipe.start is not None and (before is None or recipe.start != "previous"):
         load_start_weights(generator, plan)
     _checkpoint_activations(generator, recipe)
+    refuse_small_files(plan)
     if recipe.adversarial:
         spec, start = recipe.adversarial.discriminator, recipe.adversarial.start
         discriminator = build_discriminator(spec.name, recipe.data.crop, **spec.params)

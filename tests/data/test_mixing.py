@@ -235,7 +235,12 @@ def test_a_shortage_of_memory_splits_no_pair(
 
 def test_a_micro_batch_that_is_no_whole_number_of_pairs_is_refused(dataset: Path) -> None:
     def check(*overrides: str) -> None:
-        options = ("data.mixing.probability=1", "generator.num_features=8", *overrides)
+        options = (
+            "data.mixing.probability=1",
+            "data.crop=32",
+            "generator.num_features=8",
+            *overrides,
+        )
         plan = make_plan(TrainOptions(options, recipe="demo", dataset_dir=(dataset,)))
         check_stages([plan, plan], Ranks())
 
