@@ -101,6 +101,7 @@ def test_crops_are_the_photographs_pixels(photos, tmp_path):
     assert "4 photos" not in result.stdout  # the .webp is 70x45 after halving
     assert "3 photos cut into 18 crops" in result.stdout
     assert "rejected small.png: too small: 30x400" in result.stdout
+    assert "for what and why; a smaller --size keeps small ones" in result.stdout
     assert {entry["photo"]: entry["gate"] for entry in rejects(out)} == {
         "small.png": "size",
         "deep/ö c.webp": "size",

@@ -546,7 +546,8 @@ class Clock:
                 f"{count} {GATE_WORDS.get(gate, gate)}"
                 for gate, count in sorted(totals.rejects.items())
             )
-            print(f"rejected: {', '.join(counts)}; see {out / REJECTS} for what and why")
+            smaller = "; a smaller --size keeps small ones" if totals.rejects["size"] else ""
+            print(f"rejected: {', '.join(counts)}; see {out / REJECTS} for what and why{smaller}")
         for line in [*totals.reasons[0], *totals.reasons[1]][:NUM_SHOWN]:
             print(f"rejected {line}")
         if totals.num_reasons > NUM_SHOWN:
