@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, say
 from pipeline.evaluation.scoring import BASELINES
+from pipeline.files import short_path
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 
@@ -55,7 +56,10 @@ def choose_models(models: Sequence[Path], scale: int | None) -> list[Model]:
     Returns them with unique titles. `UserError` unless they all have the same scale, and `scale`
     if that is given.
     """
-    chosen = [choose_model(model) for model in models] or [choose_model(None)]
+    if not models:
+        models = [find_run()]
+        say(f"model: none is named, so the newest run: {short_path(models[0])}")
+    chosen = [choose_model(model) for model in models]
     for model in chosen:
         if scale is not None and scale != model.saved.scale:
             raise UserError(

@@ -14,7 +14,15 @@ import torch
 
 import warm
 from evaluate import Options
-from fabricate import CHECKOUT, picture, shared, tiny_network, tiny_saved, write_images
+from fabricate import (
+    CHECKOUT,
+    make_run,
+    picture,
+    shared,
+    tiny_network,
+    tiny_saved,
+    write_images,
+)
 from pipeline.cli import RunError, UserError
 from pipeline.evaluation import Work, measure_sets, scoring, upscaler_of
 from pipeline.evaluation.command import run_evaluation
@@ -398,6 +406,18 @@ def test_models_have_one_scale_and_unique_titles(tmp_path):
         UserError, match=r"different scales cannot be compared: .*net.pth' is x2, .*x3.pth' is x3"
     ):
         choose_models([paths[0], tmp_path / "x3.pth"], None)
+
+
+def test_the_newest_run_is_named_if_no_model_is(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "runs", "first", scale=2)
+    run_dir = make_run(tmp_path / "runs", "second", steps=(100, 300), scale=2)
+    monkeypatch.chdir(tmp_path)
+    (model,) = choose_models([], None)
+    said = capsys.readouterr().out
+    assert said == "model: none is named, so the newest run: runs/second\n"
+    assert model.title == run_dir.name
+    choose_models([run_dir], None)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_command_with_models_benchmarks_and_a_folder(tmp_path, capsys):
