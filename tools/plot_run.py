@@ -32,6 +32,8 @@ SUFFIXES = (".png", ".svg", ".pdf")
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_HEIGHT, DOTS_PER_INCH = 5.2, 3.2, 0.35, 110
 LARGEST = 1e300  # larger numbers do not fit into what matplotlib computes with
 MAX_COLUMNS = 3
+REFERENCES = ("bicubic", "input")
+"""Events with the validation scores of what a network is compared with; the latter at x1."""
 AUTO_SMOOTHED = 15  # default averaging window, as a fraction of a curve's values
 
 
@@ -310,6 +312,10 @@ def _draw_panel(
                 continue
             labels.setdefault(curve.label, curve.style)
             _draw_curve(axes, panel, curve.style, _colour(number), steps, values, smooth)
+            for reference in REFERENCES if panel.event == "validation" else ():
+                _, before = points(log, reference, curve.key)
+                if before:
+                    _draw_reference(axes, reference, _colour(number), before[-1])
     axes.margins(x=0.02, y=0.15 if panel.best else 0.05)
     if panel.is_logarithmic:
         axes.set_yscale("log")
@@ -331,6 +337,21 @@ def _draw_panel(
             fontsize=7,
             frameon=False,
         )
+
+
+def _draw_reference(axes: Axes, name: str, colour: str, value: float) -> None:
+    """Draw a dashed line at the value of the upscaled input, with its name at the right end."""
+    axes.axhline(value, linestyle="--", color=colour, linewidth=0.9, alpha=0.7)
+    axes.annotate(
+        name,
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(-2, 2),
+        fontsize=7,
+        color=colour,
+        ha="right",
+    )
 
 
 def _draw_curve(

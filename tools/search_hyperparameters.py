@@ -86,7 +86,7 @@ class Options:
     metric: str = "psnr"
     """Score of a trial, taken from its best validation: highest PSNR-Y (psnr), lowest LPIPS (lpips,
     which needs validation_lpips=alex or another), or another metric of pipeline/metrics, which
-    best.metric must measure."""
+    validation_metrics must list."""
     pruner: Pruner = "median"
     """How trials are stopped early. median: if worse than the median of the finished trials at that
     step, from the sixth trial on. hyperband: many short trials and few long ones, for about 30
@@ -210,14 +210,15 @@ def _target(options: Options, space: Space, training: TrainOptions, budget: Budg
         )
     )
     recipe = plans[-1].recipe
-    if options.metric == "lpips" and recipe.validation_lpips == "off":
-        raise UserError(
-            "--metric lpips needs LPIPS in validation; set validation_lpips=alex, squeeze or vgg"
-        )
-    if options.metric not in ("psnr", "lpips", recipe.best.metric):
+    if metric_of(options.metric).name not in recipe.measured():
+        if options.metric == "lpips":
+            raise UserError(
+                "--metric lpips needs LPIPS in validation; set validation_lpips=alex, squeeze or "
+                "vgg"
+            )
         raise UserError(
             f"--metric {options.metric} is not measured in validation; set "
-            f"best.metric={options.metric}"
+            f"validation_metrics=[{options.metric}]"
         )
     return Objective(space, training, fixed, options.metric, plans, base)
 

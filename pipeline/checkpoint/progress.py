@@ -23,6 +23,8 @@ class Progress:
     step: int = 0  # optimizer updates done
     best_scores: dict[str, float] | None = None  # of the best validation, by metric
     best_step: int | None = None
+    # Of the validation images' input, upscaled bicubically: number of images and mean scores.
+    reference: dict[str, Any] = field(default_factory=dict)
     stale_validations: int = 0  # in a row without an improvement
     validated_step: int | None = None  # step of the last validation
     layout: str = ""  # memory format of activations, channels_last or contiguous; affects rounding

@@ -40,7 +40,7 @@ from pipeline.data.degradations.base import DegradationSpec
 from pipeline.data.spec import PRESETS, DataSpec
 from pipeline.files import read_regular_file, write_atomically
 from pipeline.installation import find_file, recipe_names
-from pipeline.metrics import metric_of
+from pipeline.metrics import METRICS, Trunk, metric_of
 from pipeline.spec import Number, Spec
 
 FREE_FIELDS = frozenset(
@@ -61,7 +61,8 @@ FREE_FIELDS = frozenset(
         "data.prefetch",
         "data.on_error",
         "data.max_bad_files",
-        "lpips_weights",
+        "validation_metrics",
+        "metric_weights",
         "losses.vgg_feature.weights",
         "losses.vgg_patch.weights",
         "losses.contextual.weights",
@@ -197,6 +198,11 @@ class BestSpec(Spec):
         description="highest PSNR-Y (psnr), lowest LPIPS (lpips), or another metric of "
         "pipeline/metrics",
     )
+    weights: dict[str, Number] = Field(
+        {},
+        description="in place of metric: metric -> weight; the highest sum of weight times value "
+        "is best",
+    )
     psnr_floor: Number | None = Field(
         None,
         description="dB; with metrics other than psnr, steps below it count only while no step is "
@@ -208,9 +214,30 @@ class BestSpec(Spec):
     def _know_metric(cls, key: str) -> str:
         return metric_of(key).key
 
+    @field_validator("weights")
+    @classmethod
+    def _know_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        known = {metric_of(key): weight for key, weight in weights.items()}
+        for metric, weight in known.items():
+            if weight == 0 or (weight < 0) != metric.lower_is_better:
+                rule = "lower" if metric.lower_is_better else "higher"
+                sign = "below" if metric.lower_is_better else "above"
+                raise ValueError(
+                    f"{metric.key}: {weight:g}: {rule} {metric.title} is better, so its weight "
+                    f"must be {sign} 0"
+                )
+        return {metric.key: weight for metric, weight in known.items()}
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics that it compares."""
+        return [metric_of(key).name for key in self.weights or (self.metric,)]
+
     @model_validator(mode="after")
     def _fit(self) -> BestSpec:
-        if self.metric == "psnr" and self.psnr_floor is not None:
+        if self.weights and self.metric != "psnr":
+            raise ValueError(f"metric {self.metric} and weights exclude each other; omit metric")
+        if not self.weights and self.metric == "psnr" and self.psnr_floor is not None:
             raise ValueError(
                 "psnr_floor needs another metric, such as lpips: the highest PSNR has no floor; "
                 "omit it or set it to null"
@@ -277,11 +304,18 @@ class Recipe(Spec):
     validation_images: int = Field(
         200, gt=0, description="maximum number of validation images, evenly spaced over the list"
     )
-    validation_lpips: Literal["off", "alex", "squeeze", "vgg"] = Field(
-        "off", description="also measure LPIPS, with this network"
+    validation_metrics: tuple[str, ...] = Field(
+        ("psnr",), description="what to measure, such as [psnr, ssim, lpips, dists, niqe]"
     )
-    lpips_weights: str | None = Field(
-        None, description="weights file of the LPIPS network; default: torchvision's cache"
+    validation_lpips: Literal["off", "alex", "squeeze", "vgg"] = Field(
+        "off",
+        description="also measure LPIPS, with this network; if validation_metrics names it, the "
+        "default is alex",
+    )
+    metric_weights: dict[str, str | None] = Field(
+        {},
+        description="metric -> file of its network's weights, or of NIQE's parameters; default: "
+        "torchvision's cache",
     )
     best: BestSpec = BestSpec()
     patience: int = Field(
@@ -318,6 +352,20 @@ class Recipe(Spec):
         names.NETWORKS.check(spec.name, spec.params)
         return spec
 
+    @field_validator("validation_metrics")
+    @classmethod
+    def _know_metrics(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(metric_of(key).key for key in keys))
+
+    @field_validator("metric_weights")
+    @classmethod
+    def _know_metrics_with_weights(cls, files: dict[str, str | None]) -> dict[str, str | None]:
+        metrics = {metric_of(key): file for key, file in files.items()}
+        for metric in metrics:
+            if not metric.trunks:
+                raise ValueError(f"{metric.title} has no weights; omit {metric.key}")
+        return {metric.key: file for metric, file in metrics.items() if file is not None}
+
     @field_validator("losses")
     @classmethod
     def _know_losses(cls, terms: dict[str, Any]) -> dict[str, Any]:
@@ -341,12 +389,34 @@ class Recipe(Spec):
             )
         if not self.losses:
             raise ValueError("at least one loss is needed, such as losses.l1=1")
-        needed = metric_of(self.best.metric)
-        if needed.trunks and getattr(self, f"validation_{needed.name}", "off") == "off":
-            *others, last = needed.trunks
-            choice = f"{', '.join(others)} or {last}" if others else last
-            raise ValueError(f"best.metric {needed.key} needs validation_{needed.name}: {choice}")
+        listed = {metric_of(key).name for key in self.validation_metrics}
+        for name in self.best.metrics:
+            metric, is_named = METRICS[name], name == "lpips" and self.validation_lpips != "off"
+            if not metric.trunks or name in listed or is_named:
+                continue
+            way_out = f"validation_metrics: [psnr, {metric.key}]"
+            if name == "lpips":
+                *others, last = metric.trunks
+                way_out = f"validation_lpips: {', '.join(others)} or {last}"
+            key = f"best.weights.{metric.key}" if self.best.weights else f"best.metric {metric.key}"
+            raise ValueError(f"{key} needs {way_out}")
         return self
+
+    def measured(self) -> dict[str, Trunk | None]:
+        """Return what validation measures, by name: PSNR-Y, all that is listed, and best's metrics.
+
+        The value is what the metric compares with, None for metrics that need nothing.
+        """
+        wanted = {"psnr_y", *self.best.metrics}
+        wanted |= {metric_of(key).name for key in self.validation_metrics}
+        networks = {} if self.validation_lpips == "off" else {"lpips": self.validation_lpips}
+        return {
+            name: Trunk(networks.get(name, metric.trunks[0]), self.metric_weights.get(metric.key))
+            if metric.trunks
+            else None
+            for name, metric in METRICS.items()
+            if name in wanted or name in networks
+        }
 
     def ds_config_path(self) -> Path:
         return find_file(self.ds_config)
@@ -370,7 +440,7 @@ def load_stages(name: str, overrides: Mapping[str, Any] | None = None) -> list[R
     """
     values = _with_bases(_recipe_path(name), ())
     _check_stages(values.get("stages"), f"recipe {name}")
-    overrides = _with_current_keys(overrides or {})
+    overrides = _with_current_keys(overrides or {}, is_dotted=True)
     for key in ("base", "stages", *(["stage"] if values.get("stages") else [])):
         if key in overrides:
             raise UserError(f"{key} can only be set in a recipe's file, not on the command line")
@@ -543,16 +613,23 @@ def _merged(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-OLD_KEYS = {"samples": "previews"}
+OLD_KEYS = {"samples": "previews", "lpips_weights": "metric_weights.lpips"}
 """Earlier keys of recipes -> present keys. Old recipes and command lines still work."""
 
 
-def _with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's or stage's table with present keys; dotted keys may start with old ones."""
-    renamed = {}
+def _with_current_keys(values: Mapping[str, Any], *, is_dotted: bool = False) -> dict[str, Any]:
+    """Return a recipe's or stage's table with present keys.
+
+    With `is_dotted` it is a table of dotted keys, which may start with old ones.
+    """
+    renamed: dict[str, Any] = {}
     for key, value in values.items():
         first, dot, rest = str(key).partition(".")
         renamed[OLD_KEYS[first] + dot + rest if first in OLD_KEYS else key] = value
+    for key in () if is_dotted else OLD_KEYS.values():
+        table, dot, last = key.partition(".")
+        if dot and key in renamed:
+            renamed[table] = {**(renamed.get(table) or {}), last: renamed.pop(key)}
     return renamed
 
 

@@ -167,14 +167,15 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_of(key: str) -> Metric:
-    """Return the metric called `key` in recipes, or by its `name`.
+    """Return the metric called `key` in recipes, or by its `name`, from which `_y` may be omitted.
 
     Raises `UserError` if it is not in the table.
     """
     keys = {metric.key: metric for metric in METRICS.values()}
-    if key not in keys and key not in METRICS:
+    found = keys.get(key) or METRICS.get(key) or METRICS.get(f"{key}_y")
+    if found is None:
         raise UserError(f"no metric {key!r}{nearest(key, keys)}")
-    return keys.get(key) or METRICS[key]
+    return found
 
 
 class Measure(NamedTuple):
@@ -247,9 +248,18 @@ def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
 
 
-def text_of(scores: Mapping[str, float]) -> str:
-    """Format scores, e.g. `PSNR-Y 28.123 dB, LPIPS 0.1234`."""
-    rows = [(METRICS[name], value) for name, value in scores.items()]
-    return ", ".join(
-        f"{row.title} {row.text(value)}{row.unit and ' ' + row.unit}" for row, value in rows
-    )
+def text_of(
+    scores: Mapping[str, float], reference: Mapping[str, float] | None = None, over: str = ""
+) -> str:
+    """Format scores, e.g. `PSNR-Y 28.123 dB, LPIPS 0.1234`.
+
+    With the scores of a `reference`, each has its difference behind it, the first with `over`:
+    `PSNR-Y 28.123 dB (+0.930 over bicubic), LPIPS 0.1234 (-0.0210)`, for " over bicubic".
+    """
+    parts = []
+    for name, value in scores.items():
+        row, before = METRICS[name], (reference or {}).get(name)
+        gain = "" if before is None else f" ({row.text(value - before, '+')}{over})"
+        over = over if before is None else ""
+        parts.append(f"{row.title} {row.text(value)}{row.unit and ' ' + row.unit}{gain}")
+    return ", ".join(parts)

@@ -27,7 +27,7 @@ from pipeline.config.recipe import recipe_of
 from pipeline.distributed.gpus import torch_gpus
 from pipeline.distributed.ranks import Ranks
 from pipeline.engine.layout import LAYOUTS
-from pipeline.metrics import METRICS, means, metric_of
+from pipeline.metrics import METRICS, metric_of
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import (
     GENERATOR_EMA_FILE,
@@ -37,7 +37,7 @@ from pipeline.run_folder import (
     newest_stage,
 )
 from pipeline.training.saved_run import plan_of_run
-from pipeline.training.validation import ValidationSet, enlarged_input, is_better
+from pipeline.training.validation import ValidationSet, is_better
 
 Scores = Mapping[str, float]
 
@@ -96,10 +96,9 @@ class Judge:
 
     def enlarged(self) -> dict[str, float]:
         """Return the scores of bicubic upscaling; at x1, of the input itself."""
-        pairs = [self._validation.pair(place) for place in range(len(self._validation))]
-        return means(
-            [self._validation.score(enlarged_input(pair).to(self._device), pair) for pair in pairs]
-        )
+        found = self._validation.measure_reference()
+        assert found is not None
+        return found
 
     def scores(self, network: nn.Module, bar: tqdm) -> dict[str, float]:
         """Return the mean scores of `network`; `bar` counts its images."""
@@ -117,13 +116,19 @@ class Judge:
         return is_better(new, old, self.recipe.best)
 
     def enlarged_row(self) -> Row:
-        return Row("input" if self.recipe.scale == 1 else "bicubic", self.enlarged())
+        return Row(self._validation.reference, self.enlarged())
 
     def rule(self) -> str:
         """Return a description of the rule for the best."""
         best = self.recipe.best
         row = metric_of(best.metric)
         floor = "" if best.psnr_floor is None else f" above {best.psnr_floor:g} dB PSNR-Y"
+        if best.weights:
+            terms = [
+                f"{weight:g} x {METRICS[name].title}"
+                for name, weight in zip(best.metrics, best.weights.values(), strict=True)
+            ]
+            return f"highest {' + '.join(terms)}{floor}"
         return f"{'lowest' if row.lower_is_better else 'highest'} {row.title}{floor}"
 
 

@@ -378,10 +378,24 @@ class Training:
         A signal to stop abandons the validation, since launchers kill processes that take long to
         end. The continued run then repeats it.
         """
-        scores = self.run.validation.measure(self.run.averaged, self._before_validating)
+        validation, progress = self.run.validation, self.progress
+        # Once per run, since it does not change; a continued run has it from its checkpoint.
+        if not validation.is_reference(progress.reference):
+            found = validation.measure_reference(
+                lambda done, share: self._before_image(
+                    f"measuring {validation.reference}", done, share
+                )
+            )
+            if found is None:
+                return False
+            progress.reference = {"images": validation.count, "scores": found}
+            if self.reporter:
+                self.reporter.journal.log(validation.reference, progress.step, found)
+        scores = validation.measure(
+            self.run.averaged, lambda done, share: self._before_image("validating", done, share)
+        )
         if scores is None:
             return False
-        progress = self.progress
         before, progress.validated_step = progress.validated_step, progress.step
         # Recorded whatever the scores: a run that continues from this step must not validate it
         # again, which would count twice against `patience`.
@@ -398,10 +412,10 @@ class Training:
             self.reporter.validated(scores, is_best=is_best)
         return is_best
 
-    def _before_validating(self, done: int, share: int) -> bool:
+    def _before_image(self, what: str, done: int, share: int) -> bool:
         """Called before each image; returns False to abandon the validation."""
         self._watchdog.feed(only_if_armed=True)
-        self.console.show_status(f"validating: image {done + 1} of {share}")
+        self.console.show_status(f"{what}: image {done + 1} of {share}")
         return not self.signals.received
 
     def _save(self, *, must: bool = False) -> None:

@@ -20,7 +20,7 @@ from pipeline.training.health import TurnChange
 from pipeline.training.meter import MOST_WAIT, Reading
 from pipeline.training.previews import PREVIEWS_DIR, Previews, every_nth
 from pipeline.training.setup import Run, move_logs_aside
-from pipeline.training.validation import enlarged_input
+from pipeline.training.validation import enlarged_input, weighted_score
 
 TIME_SHARE = 0.05  # of the process's time, for previews at the ends of epochs
 FREE_SECONDS = 5.0  # for previews, in addition to that share
@@ -130,13 +130,22 @@ class Reporter:
         values: dict[str, float | None] = {}
         for name, value in scores.items():
             values |= {name: value, f"best_{name}": best.get(name)}
+        spec, reference = self._plan.recipe.best, progress.reference["scores"]
+        text = text_of(scores, reference, f" over {self._run.validation.reference}")
+        if spec.weights:
+            score = weighted_score(scores, spec, reference)
+            is_known = all(name in best for name in spec.metrics)
+            values |= {
+                "score": score,
+                "best_score": weighted_score(best, spec, reference) if is_known else None,
+            }
+            text += f", score {score:+.4f}"
         self.journal.log(
             "validation", progress.step, values | {"stale_validations": progress.stale_validations}
         )
         before = f"best {text_of(best)} at step {progress.best_step}"
         self._console.say(
-            f"validation at step {progress.step}: {text_of(scores)} "
-            f"({'best so far' if is_best else before})",
+            f"validation at step {progress.step}: {text} ({'best so far' if is_best else before})",
             is_good=is_best,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from pipeline.images import (
     unit_range,
     without_tf32,
 )
-from pipeline.metrics import METRICS, Measure, Trunk, load_measures, means, measure, metric_of
+from pipeline.metrics import METRICS, Measure, Metric, load_measures, means, measure, metric_of
 
 KEPT_BYTES = 1 << 29  # of images kept in memory per rank; the rest is read again each time
 
@@ -41,34 +41,47 @@ class ValidationPair(NamedTuple):
 
 
 def validation_measures(recipe: Recipe, device: torch.device | str = "cpu") -> list[Measure]:
-    """Load the measures of validation: PSNR-Y, metrics whose trunk the recipe names, and `best`'s.
+    """Load the measures of `Recipe.measured`.
 
     Raises `UserError` if a trunk's weights are missing or do not fit.
     """
-    trunks = (
-        {}
-        if recipe.validation_lpips == "off"
-        else {"lpips": Trunk(recipe.validation_lpips, recipe.lpips_weights)}
-    )
-    wanted = {"psnr_y", *trunks, metric_of(recipe.best.metric).name}
-    return load_measures(
-        [metric for name, metric in METRICS.items() if name in wanted], trunks, device
-    )
+    measures = []
+    for name, trunk in recipe.measured().items():
+        try:
+            measures += load_measures([METRICS[name]], trunk and {name: trunk}, device)
+        except UserError as error:
+            raise UserError(f"metric_weights.{name}: {error}") from error
+    return measures
 
 
 def is_better(new: Mapping[str, float], best: Mapping[str, float] | None, spec: BestSpec) -> bool:
     """Whether the scores `new` beat the `best` so far, by the recipe's rule."""
     if best is None:
         return True
-    metric, psnr_y = metric_of(spec.metric), METRICS["psnr_y"]
-    if metric.name not in new or metric.name not in best:
-        metric = psnr_y
+    psnr_y = METRICS["psnr_y"]
+    is_measured = all(name in scores for name in spec.metrics for scores in (new, best))
     floor = -math.inf if spec.psnr_floor is None else spec.psnr_floor
     is_above, was_above = (scores["psnr_y"] >= floor for scores in (new, best))
     if is_above != was_above:
         return is_above
-    metric = metric if is_above else psnr_y  # both are below the floor: prefer the nearer one
+    if is_measured and is_above and spec.weights:
+        return weighted_score(new, spec) > weighted_score(best, spec)
+    # If both are below the floor, prefer the nearer one.
+    metric = metric_of(spec.metric) if is_measured and is_above else psnr_y
     return metric.is_better(new[metric.name], best[metric.name])
+
+
+def weighted_score(
+    scores: Mapping[str, float], spec: BestSpec, reference: Mapping[str, float] | None = None
+) -> float:
+    """Return the sum over `best.weights` of weight times value, or times the gain over `reference`.
+
+    Both order steps in the same way.
+    """
+    return sum(
+        weight * (scores[name] - (reference[name] if reference else 0.0))
+        for name, weight in zip(spec.metrics, spec.weights.values(), strict=True)
+    )
 
 
 class ValidationSet:
@@ -120,19 +133,27 @@ class ValidationSet:
         height, width = pair.hr.shape[-2:]
         for metric, _, smallest in self._measures:
             if min(height, width) < smallest + 2 * self.border:
-                trunk = getattr(self.recipe, f"validation_{metric.name}", "")
-                option = (
-                    f"validation_{metric.name}: {trunk}" if trunk else f"best.metric: {metric.key}"
-                )
+                option, way_out = self._asked_by(metric)
                 raise UserError(
                     f"{image.path}: {height}x{width} is too small for {option}, which needs "
                     f"{smallest} pixels inside borders of {self.border}; remove it from the "
-                    "validation list, or set "
-                    f"{f'validation_{metric.name}=off' if trunk else 'best.metric=psnr'}"
+                    f"validation list, or {way_out}"
                 )
         return pair
 
-    @torch.inference_mode()
+    def _asked_by(self, metric: Metric) -> tuple[str, str]:
+        """Return which of the recipe's keys asks for a metric, and how to do without it."""
+        recipe = self.recipe
+        if metric.name in recipe.best.metrics:
+            key = "best.weights" if recipe.best.weights else "best.metric"
+            return f"{key}: {metric.key}", f"choose another {key}"
+        if metric.key in recipe.validation_metrics:
+            return (
+                f"validation_metrics: {metric.key}",
+                f"remove {metric.key} from validation_metrics",
+            )
+        return f"validation_lpips: {recipe.validation_lpips}", "set validation_lpips=off"
+
     def measure(
         self, network: nn.Module, go_on: Callable[[int, int], bool] = lambda done, share: True
     ) -> dict[str, float] | None:
@@ -142,13 +163,35 @@ class ValidationSet:
         image of this rank's share; if it returns False on any rank, the result is None. All ranks
         call it together.
         """
+        return self._mean_scores(lambda pair: self.upscale(network, pair), go_on)
+
+    @property
+    def reference(self) -> str:
+        """What networks are compared with: bicubic, or at x1 the input."""
+        return "bicubic" if self.recipe.scale > 1 else "input"
+
+    def measure_reference(
+        self, go_on: Callable[[int, int], bool] = lambda done, share: True
+    ) -> dict[str, float] | None:
+        """Return the mean scores of the `reference`, as `measure` does those of a network."""
+        return self._mean_scores(lambda pair: enlarged_input(pair, self.ranks.device), go_on)
+
+    def is_reference(self, known: Mapping[str, Any]) -> bool:
+        """Whether `known`, what `Progress.reference` holds, is of these images and metrics."""
+        names = {measure.metric.name for measure in self._measures}
+        return known.get("images") == self.count and known["scores"].keys() == names
+
+    @torch.inference_mode()
+    def _mean_scores(
+        self, upscale: Callable[[ValidationPair], Tensor], go_on: Callable[[int, int], bool]
+    ) -> dict[str, float] | None:
         scores: list[dict[str, float]] | None = []
         for place in range(len(self)):
             if not go_on(place, len(self)):
                 scores = None
                 break
             pair = self.pair(place)
-            scores.append(self.score(self.upscale(network, pair), pair))
+            scores.append(self.score(upscale(pair), pair))
         shares = self.ranks.gather(scores)
         if any(share is None for share in shares):
             return None
@@ -168,13 +211,14 @@ class ValidationSet:
             return to_pixels(network(lr), depth_of(pair.hr)).contiguous()
 
 
-def enlarged_input(pair: ValidationPair) -> Tensor:
-    """Upscale a pair's LR bicubically to the size of HR: pixels of its type, on the host.
+def enlarged_input(pair: ValidationPair, device: torch.device | str = "cpu") -> Tensor:
+    """Upscale a pair's LR bicubically to the size of HR: pixels of its type, on `device`.
 
     At x1, it is LR.
     """
     size = (pair.hr.shape[-2], pair.hr.shape[-1])
-    return to_pixels(cubic_resize(unit_range(pair.lr, torch.float32), size), depth_of(pair.hr))
+    lr = unit_range(pair.lr.to(device), torch.float32)
+    return to_pixels(cubic_resize(lr, size), depth_of(pair.hr))
 
 
 def read_pair(image: Image, number: int, recipe: Recipe, way_out: str = "") -> ValidationPair:
