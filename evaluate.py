@@ -66,7 +66,7 @@ class Options:
     """File of that trunk's weights."""
     niqe: Annotated[Path | None, arg(help_behavior_hint="(default: not measured)")] = None
     """Also measure NIQE, which needs no HR: a file of the parameters of natural photographs, made
-    by tools/fit_niqe.py, or BasicSR's. Lower is better."""
+    by the tool that fits them, or BasicSR's. Lower is better."""
     device: str = "auto"
     """cpu, cuda, cuda:1…; auto uses the GPU if there is one."""
     procs: Annotated[int, arg(help_behavior_hint="(default: one per GPU)")] = 0

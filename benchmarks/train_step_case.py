@@ -285,6 +285,7 @@ def _parts(run: Any, step: Callable[[Stopwatch], None], device: torch.device) ->
             if inner is not None and run.ranks.world_size > 1:
                 inner.allreduce_gradients = watch.timed("communication", inner.allreduce_gradients)
     trainer.criterion = watch.timed("losses", own["criterion"])
+    trainer.criterion.uses_averaged = own["criterion"].uses_averaged
     update = own["ema"].update
     own["ema"].update = watch.timed("EMA", update)
     began = time.perf_counter()

@@ -54,10 +54,16 @@ def run_command(capsys, command, *arguments) -> tuple[int, str, str]:
 
 
 def tiny_network(seed: int = 0, **params) -> VapSR:
-    """A VapSR of a few thousand parameters, all of them random: zeros could hide a mistake."""
+    """A VapSR of a few thousand parameters, all of them random: zeros could hide a mistake.
+
+    Its output has the magnitude of an image's pixels.
+    """
     torch.manual_seed(seed)
     network = VapSR(**{"scale": 2, **TINY, **params})
     with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if network.residual_kernel is None and name.startswith(("conv_", "upsampler")):
+                parameter.mul_(0.1)
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return network.eval()
