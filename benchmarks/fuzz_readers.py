@@ -586,9 +586,11 @@ def _openvino_files() -> list[Sample]:
 
     import openvino
 
+    from pipeline.libraries import openvino_core
+
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a.onnx").write_bytes(_onnx_file())
-        model = openvino.Core().read_model(Path(folder) / "a.onnx")
+        model = openvino_core().read_model(Path(folder) / "a.onnx")
         for key, value in (("architecture", "srresnet"), ("scale", "2"), ("params", "{}")):
             model.set_rt_info(value, ["vastscale", key])
         openvino.save_model(model, Path(folder) / "a.xml")

@@ -1,4 +1,4 @@
-"""Workarounds for libraries: torchvision without CUDA, ONNX Runtime, _dynamo, Inductor, glibc.
+"""Workarounds for libraries: torchvision, ONNX Runtime, OpenVINO, _dynamo, Inductor, glibc.
 
 torchvision's wheel is built against the CUDA build of torch. With the CPU build of torch its
 compiled operators cannot load, and torchvision 0.28.0 then fails on import: it registers shape
@@ -11,6 +11,7 @@ transforms, which are all that is used here, are plain PyTorch.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 import platform
@@ -180,6 +181,20 @@ def allocator_variables(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     largest = MMAP_THRESHOLD if glibc >= (2, 36) else MMAP_THRESHOLD_OLD
     return {"MALLOC_MMAP_THRESHOLD_": str(largest), "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD)}
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """Return the process's only `openvino.Core`, which lives as long as the process.
+
+    The CPU plugin of each core puts the stack on which signals are handled into memory of its own,
+    and restores the one before it when it ends. With two cores that end in the order in which they
+    began, that one is gone, and the next signal that Python handles, such as CTRL+C, would end the
+    process with SIGSEGV and without a word (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def keep_freed_memory() -> bool:

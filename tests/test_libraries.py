@@ -45,3 +45,31 @@ def test_a_run_that_compiles_nothing_does_not_import_dynamo(dataset: Path, tmp_p
     )
     done = run_python(code + TRAIN_THEN_COMPILE)
     assert done.returncode == 0, done.stderr
+
+
+TWO_NETWORKS = """
+import faulthandler, os, signal
+from pipeline.libraries import openvino_core
+
+faulthandler.enable()  # as in tests: with a stack for signals of its own
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+import numpy, openvino
+from openvino import opset13 as ops
+
+def network():
+    given = ops.parameter([1, 3, 8, 8], numpy.float32)
+    return openvino_core().compile_model(openvino.Model(ops.relu(given), [given]), "CPU")
+
+first, second = network(), network()
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+print(heard)
+"""
+
+
+def test_signals_are_handled_after_two_networks_of_openvino() -> None:
+    """With a core for each of them, the signal ends this process with SIGSEGV."""
+    done = run_python(TWO_NETWORKS)
+    assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr

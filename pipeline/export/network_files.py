@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.cli import RunError, UserError, one_line
 from pipeline.export.openvino_file import EXACT, SECTION
 from pipeline.files import check_utf8
-from pipeline.libraries import import_onnxruntime
+from pipeline.libraries import import_onnxruntime, openvino_core
 
 # The interface, and code that both backends share.
 
@@ -285,8 +285,8 @@ class OpenVinoNetwork:
         if isinstance(source, Path):
             _check_kind(source, self.title)
         try:
-            self._model = openvino.Core().read_model(source)
-            self._network = openvino.Core().compile_model(self._model, "CPU", options)
+            self._model = openvino_core().read_model(source)
+            self._network = openvino_core().compile_model(self._model, "CPU", options)
         # Also what pybind11 makes of names that are not UTF-8 and of sizes beyond 64 bits.
         except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.cli import RunError, one_line
 from pipeline.files import flush
+from pipeline.libraries import openvino_core
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """By default OpenVINO computes in BF16 if the processor can: 52 dB for the released VapSR."""
@@ -23,7 +24,7 @@ def write_openvino(onnx_file: Path, xml: Path, description: Mapping[str, str]) -
     import openvino
 
     try:
-        model = openvino.Core().read_model(onnx_file)
+        model = openvino_core().read_model(onnx_file)
         for key, value in description.items():
             model.set_rt_info(value, [SECTION, key])
         openvino.save_model(model, xml, compress_to_fp16=True)

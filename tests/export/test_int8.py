@@ -7,7 +7,6 @@ import re
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +29,7 @@ from pipeline.export.int8 import (
 from pipeline.export.onnx_file import Form
 from pipeline.export.parity import Photograph, read_photographs
 from pipeline.images import cubic_resize, unit_range
+from pipeline.libraries import openvino_core
 from pipeline.metrics.psnr_ssim import psnr_y
 from pipeline.models.vapsr import VapSR
 from pipeline.models.weights import SavedNetwork, write_network
@@ -189,7 +189,7 @@ def test_the_files_say_how_they_were_made(made):
     described = dict(
         onnxruntime.InferenceSession(folder / "net_int8.onnx").get_modelmeta().custom_metadata_map
     )
-    model = openvino.Core().read_model(folder / "net_ov_int8.xml")
+    model = openvino_core().read_model(folder / "net_ov_int8.xml")
     for key, value in {
         "dtype": "int8",
         "architecture": "vapsr",
@@ -220,7 +220,7 @@ def test_convolutions_are_computed_in_int8_except_the_last(made, tmp_path):
         and not any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)
     ]
     assert count == len(dense) - 1
-    compiled = openvino.Core().compile_model(
+    compiled = openvino_core().compile_model(
         folder / "net_ov_int8.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     weights = [
@@ -243,7 +243,7 @@ def test_sizes_and_batches_stay_free(made, size):
         None, {"input": images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)}
     )[0]
     assert 1e-4 < np.sqrt(np.square(sr - exact).mean()) < 0.03
-    by_bytes = openvino.Core().compile_model(folder / "net_ov_int8.xml", "CPU")(images)[0]
+    by_bytes = openvino_core().compile_model(folder / "net_ov_int8.xml", "CPU")(images)[0]
     assert by_bytes.dtype == np.uint8
     assert by_bytes.shape == (size[0], 2 * size[1], 2 * size[2], 3)
     assert np.sqrt(np.square(by_bytes.transpose(0, 3, 1, 2) / 255 - exact).mean()) < 0.03
