@@ -160,10 +160,11 @@ def stop(world: World, draw: random.Random, name: str) -> Outcome:
     run = Run(world, name)
     number = draw.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
     if draw.random() < 0.5:
-        # images 0 and 1 belong to the validation of step 8, 2 and 3 to that of step 16
-        image = draw.randrange(4)
+        # Images 0 to 3 belong to the validation of step 8, which also measures bicubic, and 4 and 5
+        # to that of step 16.
+        image = draw.randrange(6)
         life = run.start(calls={"train.py": [["in_validation", image, "send", number]]})
-        moment = f"in the validation of step {8 + 8 * (image // 2)}"
+        moment = f"in the validation of step {8 + 8 * (image // 4)}"
     else:
         step = draw.randint(1, STEPS - 1)
         life = run.start(calls={"train.py": [["at_step", step, "send", number]]})

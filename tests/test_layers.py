@@ -135,7 +135,11 @@ FENCED = {  # library -> the only files that import it
         "pipeline/export/network_files.py",
     },
     "onnxruntime": {"pipeline/export/int8.py", "pipeline/libraries.py"},
-    "openvino": {"pipeline/export/openvino_file.py", "pipeline/export/network_files.py"},
+    "openvino": {
+        "pipeline/libraries.py",
+        "pipeline/export/openvino_file.py",
+        "pipeline/export/network_files.py",
+    },
     "tensorrt": {"pipeline/export/tensorrt_file.py"},
     "torch.utils.tensorboard": {"pipeline/monitor/journal.py"},
 }

@@ -62,7 +62,8 @@ def test_a_loop_is_run_in_windows_and_ended(
     assert "compact x4, crops of 32, batch 2, 1 files of 480x480" in printed
     rows = [line.split() for line in printed.splitlines() if line.startswith("plain")]
     assert len(rows) == 2
-    assert all(float(value) > 0 for row in rows for value in row[1:])
+    # A loop that takes hardly any time is printed as 0.
+    assert all(float(value) >= 0 for row in rows for value in row[1:])
     assert not [
         process
         for process in psutil.Process().children(recursive=True)

@@ -40,7 +40,7 @@ def test_a_fault_costs_little_and_changes_nothing(world: World, family: str, see
 def test_an_abandoned_validation_is_made_up_for(world: World) -> None:
     """The run stops at the step of the validation; it used to train one more and skip it."""
     run = Run(world, "abandoned")
-    life = run.start(calls={"train.py": [["in_validation", 2, "send", signal.SIGTERM]]})
+    life = run.start(calls={"train.py": [["in_validation", 4, "send", signal.SIGTERM]]})
     assert life.join() == 128 + signal.SIGTERM
     assert run.steps()[-1] == 16
     outcome = run.conclude(Outcome("SIGTERM", "in the validation of step 16"))
