@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from pipeline.engine.optimizers.foreach import (
     ForeachOptimizer,
     State,
+    adam_sizes,
     correction,
+    move_squares,
     numbers,
     pick,
 )
@@ -25,6 +27,8 @@ class Adan(ForeachOptimizer):
     as in the paper.
     """
 
+    ZEROS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")
+
     def __init__(
         self,
         params: Iterable[nn.Parameter],
@@ -36,10 +40,6 @@ class Adan(ForeachOptimizer):
         betas = numbers("betas", betas, 3)
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
-        names = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")
-        return {name: torch.zeros_like(weight) for name in names}
-
     def _update(
         self,
         group: dict[str, Any],
@@ -50,10 +50,7 @@ class Adan(ForeachOptimizer):
     ) -> None:
         lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
         step = shared["step"]
-        averages, changes, squares, previous = (
-            pick(states, name)
-            for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_gradient")
-        )
+        averages, changes, squares, previous = (pick(states, name) for name in self.ZEROS)
         differences = torch._foreach_sub(gradients, previous)
         # The first gradient has none before it.
         torch._foreach_mul_(differences, (step > 1).float())
@@ -61,13 +58,9 @@ class Adan(ForeachOptimizer):
         torch._foreach_lerp_(averages, gradients, 1 - beta1)
         torch._foreach_lerp_(changes, differences, 1 - beta2)
         ahead = torch._foreach_add(gradients, differences, alpha=beta2)
-        torch._foreach_mul_(squares, beta3)
-        torch._foreach_addcmul_(squares, ahead, ahead, 1 - beta3)
-        sizes = torch._foreach_sqrt(squares)
-        torch._foreach_div_(sizes, correction(beta3, step).sqrt())
-        torch._foreach_add_(sizes, group["eps"])
+        move_squares(squares, ahead, beta3)
         moves = torch._foreach_div(averages, correction(beta1, step))
         torch._foreach_add_(moves, torch._foreach_mul(changes, beta2 / correction(beta2, step)))
-        torch._foreach_div_(moves, sizes)
+        torch._foreach_div_(moves, adam_sizes(squares, beta3, step, group["eps"]))
         torch._foreach_add_(weights, moves, alpha=-lr)
         torch._foreach_div_(weights, 1 + lr * group["weight_decay"])

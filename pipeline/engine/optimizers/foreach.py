@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
-"""What an optimizer remembers of one weight, by name."""
+"""An optimizer's state of one weight, by name."""
 
 
 class ForeachOptimizer(torch.optim.Optimizer):
@@ -24,6 +24,9 @@ class ForeachOptimizer(torch.optim.Optimizer):
 
     Weights without a gradient are passed over.
     """
+
+    ZEROS: tuple[str, ...] = ()
+    """Names of a weight's states that are zeros of its shape before the first update."""
 
     SHARED: Mapping[str, float] = {"step": 0.0}
     """Numbers that all weights of a group share, with their first values. They are 0-dim tensors in
@@ -45,7 +48,7 @@ class ForeachOptimizer(torch.optim.Optimizer):
 
     def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
         """Return the state of `weight` before the first update."""
-        raise NotImplementedError
+        return {name: torch.zeros_like(weight) for name in self.ZEROS}
 
     def _update(
         self,
@@ -154,6 +157,30 @@ def correction(beta: float, step: Tensor) -> Tensor:
     return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
 
 
+def decayed(group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """Apply a group's weight decay, to the weights or to the gradients, which are returned."""
+    decay = group["weight_decay"]
+    if decay and group["decoupled_weight_decay"]:
+        torch._foreach_mul_(weights, 1 - group["lr"] * decay)
+    elif decay:
+        return list(torch._foreach_add(gradients, weights, alpha=decay))
+    return gradients
+
+
+def move_squares(squares: list[Tensor], gradients: Sequence[Tensor], beta: float) -> None:
+    """Move Adam's second moments, of which `beta` stays, towards the squares of `gradients`."""
+    torch._foreach_mul_(squares, beta)
+    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta)
+
+
+def adam_sizes(squares: list[Tensor], beta: float, step: Tensor, eps: float) -> list[Tensor]:
+    """Return the roots of the corrected second moments plus `eps`, by which Adam divides."""
+    sizes = torch._foreach_sqrt(squares)
+    torch._foreach_div_(sizes, correction(beta, step).sqrt())
+    torch._foreach_add_(sizes, eps)
+    return list(sizes)
+
+
 def adamw(
     weights: list[Tensor],
     gradients: list[Tensor],
@@ -168,12 +195,8 @@ def adamw(
     """Update `weights` by AdamW (Loshchilov and Hutter, 2019): states exp_avg and exp_avg_sq."""
     averages, squares = pick(states, "exp_avg"), pick(states, "exp_avg_sq")
     torch._foreach_lerp_(averages, gradients, 1 - betas[0])
-    torch._foreach_mul_(squares, betas[1])
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - betas[1])
-    sizes = torch._foreach_sqrt(squares)
-    torch._foreach_div_(sizes, correction(betas[1], step).sqrt())
-    torch._foreach_add_(sizes, eps)
-    moves = torch._foreach_div(averages, sizes)
+    move_squares(squares, gradients, betas[1])
+    moves = torch._foreach_div(averages, adam_sizes(squares, betas[1], step, eps))
     torch._foreach_mul_(moves, -lr / correction(betas[0], step))
     torch._foreach_mul_(weights, 1 - lr * weight_decay)
     torch._foreach_add_(weights, moves)
@@ -209,8 +232,8 @@ NOT_NUMBERS = ("nesterov", "adjust_lr_fn", "decoupled_weight_decay")
 def _check_values(values: dict[str, Any]) -> None:
     """Raise `ValueError` for a value that no optimizer takes."""
     for name, value in values.items():
-        numbers = value if isinstance(value, (list, tuple)) else (value,)
-        for number in numbers if name not in NOT_NUMBERS else ():
+        parts = value if isinstance(value, (list, tuple)) else (value,)
+        for number in parts if name not in NOT_NUMBERS else ():
             if not isinstance(number, (int, float)) or number < 0:
                 raise ValueError(f"{name} must be 0 or above, not {value!r}")
             if name in SHARES and number >= 1:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from pipeline.engine.optimizers.foreach import (
     ForeachOptimizer,
     State,
-    correction,
+    adam_sizes,
+    decayed,
+    move_squares,
     numbers,
     pick,
 )
-from pipeline.engine.optimizers.radam import decayed
 
 
 class NAdam(ForeachOptimizer):
@@ -24,6 +25,7 @@ class NAdam(ForeachOptimizer):
     The momentum of update t is `betas[0]` (1 - 0.96^(t `momentum_decay`) / 2).
     """
 
+    ZEROS = ("exp_avg", "exp_avg_sq")
     SHARED: Mapping[str, float] = {"step": 0.0, "mu_product": 1.0}
 
     def __init__(
@@ -47,9 +49,6 @@ class NAdam(ForeachOptimizer):
             decoupled_weight_decay=decoupled_weight_decay,
         )
 
-    def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
-        return {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-
     def _update(
         self,
         group: dict[str, Any],
@@ -63,18 +62,14 @@ class NAdam(ForeachOptimizer):
         averages, squares = pick(states, "exp_avg"), pick(states, "exp_avg_sq")
         gradients = decayed(group, weights, gradients)
         torch._foreach_lerp_(averages, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        move_squares(squares, gradients, beta2)
         this, following = (
             beta1 * (1 - 0.5 * 0.96 ** (count * group["momentum_decay"]))
             for count in (step, step + 1)
         )
         product = shared["mu_product"].mul_(this)
-        sizes = torch._foreach_sqrt(squares)
-        torch._foreach_div_(sizes, correction(beta2, step).sqrt())
-        torch._foreach_add_(sizes, group["eps"])
         moves = torch._foreach_mul(gradients, (1 - this) / (1 - product))
         ahead = torch._foreach_mul(averages, following / (1 - product * following))
         torch._foreach_add_(moves, ahead)
-        torch._foreach_div_(moves, sizes)
+        torch._foreach_div_(moves, adam_sizes(squares, beta2, step, group["eps"]))
         torch._foreach_add_(weights, moves, alpha=-lr)

@@ -12,6 +12,8 @@ from pipeline.engine.optimizers.foreach import (
     ForeachOptimizer,
     State,
     correction,
+    decayed,
+    move_squares,
     numbers,
     pick,
 )
@@ -23,6 +25,8 @@ class RAdam(ForeachOptimizer):
     torch's waits for nothing either, but only with two more kernels for each weight, and it has no
     `found_inf`.
     """
+
+    ZEROS = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -43,9 +47,6 @@ class RAdam(ForeachOptimizer):
             decoupled_weight_decay=decoupled_weight_decay,
         )
 
-    def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
-        return {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-
     def _update(
         self,
         group: dict[str, Any],
@@ -59,8 +60,7 @@ class RAdam(ForeachOptimizer):
         averages, squares = pick(states, "exp_avg"), pick(states, "exp_avg_sq")
         gradients = decayed(group, weights, gradients)
         torch._foreach_lerp_(averages, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        move_squares(squares, gradients, beta2)
         missing1, missing2 = correction(beta1, step), correction(beta2, step)
         # Length of the moving average that has the variance of the second moments, at most
         # `longest`; the rectification is defined above 4, and used above 5.
@@ -77,13 +77,3 @@ class RAdam(ForeachOptimizer):
         torch._foreach_add_(moves, torch._foreach_mul(averages, 1 - is_adaptive.float()))
         torch._foreach_mul_(moves, -lr / missing1)
         torch._foreach_add_(weights, moves)
-
-
-def decayed(group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """Apply a group's weight decay, to the weights or to the gradients, which are returned."""
-    decay = group["weight_decay"]
-    if decay and group["decoupled_weight_decay"]:
-        torch._foreach_mul_(weights, 1 - group["lr"] * decay)
-    elif decay:
-        return list(torch._foreach_add(gradients, weights, alpha=decay))
-    return gradients

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pipeline.engine.optimizers.foreach import (
     ForeachOptimizer,
     State,
-    correction,
+    adam_sizes,
+    move_squares,
     numbers,
     pick,
 )
@@ -75,12 +76,8 @@ class ScheduleFreeAdamW(ForeachOptimizer):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         step = shared["step"]
         squares, z, x = (pick(states, name) for name in ("exp_avg_sq", "z", "x"))
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        sizes = torch._foreach_sqrt(squares)
-        torch._foreach_div_(sizes, correction(beta2, step).sqrt())
-        torch._foreach_add_(sizes, group["eps"])
-        moves = torch._foreach_div(gradients, sizes)
+        move_squares(squares, gradients, beta2)
+        moves = torch._foreach_div(gradients, adam_sizes(squares, beta2, step, group["eps"]))
         if group["weight_decay"]:
             torch._foreach_add_(moves, weights, alpha=group["weight_decay"])
         torch._foreach_add_(z, moves, alpha=-lr)

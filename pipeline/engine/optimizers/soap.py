@@ -32,6 +32,8 @@ class SOAP(ForeachOptimizer):
     The first update of a run waits for the device once, for the eigenvectors.
     """
 
+    ZEROS = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params: Iterable[nn.Parameter],
@@ -65,7 +67,7 @@ class SOAP(ForeachOptimizer):
         )
 
     def _new_state(self, group: dict[str, Any], weight: Tensor) -> State:
-        state = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        state = super()._new_state(group, weight)
         for mode, size in _rotated(weight, group["max_precond_dim"]):
             state[f"moments_{mode}"] = weight.new_zeros(size, size)
             state[f"basis_{mode}"] = torch.eye(size, device=weight.device, dtype=weight.dtype)
