@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import tyro
 
 from launch import environment
 from pipeline.cli import RunError, UserError, run
+from pipeline.timing import processor
 from tools.parallel import progress
 
 VGG = "adversarial={weight: 0.005, loss: %s, discriminator: {name: vgg, head: flatten}}"
@@ -232,7 +232,7 @@ def report(rows: dict[Case, dict[str, Any]]) -> str:
     """Return both tables and a verdict for each case, as Markdown."""
     threads = os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))
     lines = [
-        f"{time.strftime('%Y-%m-%d')}, {_processor()}, {threads} threads, torch {version('torch')}",
+        f"{time.strftime('%Y-%m-%d')}, {processor()}, {threads} threads, torch {version('torch')}",
         "",
         "| network | batch | precision, way, layout, kernel | ms per step | images/s | ours / best "
         "bare loop | "
@@ -315,16 +315,6 @@ def verdict(row: dict[str, Any]) -> str:
         f"bound by its kernels: {name} would allow {step / floor:.1f} times the speed; {largest} "
         f"takes {parts[largest] / sum(parts.values()):.0%}"
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 if __name__ == "__main__":

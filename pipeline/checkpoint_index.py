@@ -14,10 +14,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.files import write_atomically
+from pipeline.files import file_sha256, write_atomically
 
 MANIFEST_FILE = "MANIFEST.json"
-BLOCK = 1 << 20  # bytes
 KEYS = {"step": int, "world_size": int, "identity": dict, "files": dict}
 RUN_KEYS = {"recipe": dict, "ds_config": dict, "dataset": dict, "precision": str}
 """What the identity of a run has held since the first version."""
@@ -32,7 +31,7 @@ def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Return relative path -> `{"size": bytes, "sha256": hex}` for every file but the index."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return {
-        name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        name: {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in sorted(names - {MANIFEST_FILE})
     }
 
@@ -102,7 +101,7 @@ def damage(folder: Path, names: Collection[str] | None = None) -> str:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
+        if file_sha256(path) != expected["sha256"]:
             return f"{name} has changed since it was written"
     return ""
 
@@ -110,11 +109,3 @@ def damage(folder: Path, names: Collection[str] | None = None) -> str:
 def _has(values: Mapping[str, Any], types: Mapping[str, type]) -> bool:
     """Whether `values` has these keys with values of exactly these types (True is no int)."""
     return all(type(values.get(key)) is kind for key, kind in types.items())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

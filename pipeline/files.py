@@ -293,3 +293,14 @@ def short_path(path: Path) -> str:
         with contextlib.suppress(ValueError):
             return prefix + str(path.relative_to(base))
     return str(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    import hashlib  # here, because it loads OpenSSL, and every command imports this module
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,11 +1,13 @@
-"""Comparable timings of calls, and words about what takes long."""
+"""Comparable timings of calls, on which processor, and words about what takes long."""
 
 from __future__ import annotations
 
 import contextlib
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 
 def fastest_seconds(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
@@ -34,3 +36,14 @@ def said_if_slow(say: Callable[[str], None], text: str, seconds: float = 2.0) ->
         yield
     finally:
         timer.cancel()
+
+
+def processor() -> str:
+    """Return the processor's model name, or the machine's architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.machine()

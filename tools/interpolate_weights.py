@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import json
 import math
@@ -24,6 +23,7 @@ import tyro
 
 from pipeline.checkpoint_index import damage
 from pipeline.cli import UserError, bar_options, run, say
+from pipeline.files import file_sha256
 from pipeline.run_folder import (
     GENERATOR_EMA_FILE,
     GENERATOR_FILE,
@@ -145,8 +145,7 @@ def main(options: Options) -> int:  # imports are local, so that --help does not
 
 
 def _source(path: Path) -> str:
-    digest = hashlib.sha256(path.expanduser().read_bytes()).hexdigest()
-    return f"{path.name} (sha256 {digest[:16]})"
+    return f"{path.name} (sha256 {file_sha256(path.expanduser())[:16]})"
 
 
 def _write(path: Path, saved: SavedNetwork) -> None:

@@ -32,6 +32,7 @@ from launch.selfcheck.table import SECTIONS, Section
 from pipeline.cli import UserError, nearest, run
 from pipeline.distributed.gpus import CPU, VISIBLE, driver_version, is_cpu_wanted, list_gpus
 from pipeline.files import write_atomically
+from pipeline.timing import processor
 
 LEAST_SECONDS = 8.0  # a section needs this long for its imports alone
 DEFAULT_MINUTES = 8.0
@@ -196,17 +197,6 @@ def _kinds_of_names() -> dict[str, str]:
     if VISIBLE not in os.environ:
         return {}
     return {VISIBLE: re.sub(r"(GPU|MIG)-[^,]*", r"\1-…", os.environ[VISIBLE])}
-
-
-def processor() -> str:
-    """Return the processor's model name, or the machine's architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def slug(name: str) -> str:

@@ -53,7 +53,7 @@ from pipeline.run_folder import (
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 USUAL_WIDTHS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.13, 0.16, 0.20, 0.25)
-"""What `--ema auto` compares: each about a quarter longer than the one before."""
+"""Lengths that `--ema auto` compares, each about a quarter longer than the one before."""
 
 
 @dataclass(frozen=True)

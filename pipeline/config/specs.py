@@ -61,6 +61,12 @@ class LabelsSpec(Spec):
         return self
 
 
+def _switched(value: Any, on: Any, off: Any) -> Any:
+    """Return what `on` or `off`, also as YAML's switches, stand for; any other value as it is."""
+    switches = {True: on, "on": on, False: off, "off": off}
+    return switches.get(value, value) if isinstance(value, (bool, str)) else value
+
+
 class AdaptiveSpec(Spec):
     """When the discriminator skips its turns because it is winning.
 
@@ -116,8 +122,7 @@ class AdversarialSpec(Spec):
     @field_validator("adaptive", mode="before")
     @classmethod
     def _accept_a_switch(cls, value: Any) -> Any:
-        switches = {False: None, "off": None, True: {}, "on": {}}
-        return switches.get(value, value) if isinstance(value, (bool, str)) else value
+        return _switched(value, on={}, off=None)
 
     @field_validator("loss")
     @classmethod
@@ -208,8 +213,7 @@ class HealingSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _accept_a_switch(cls, value: Any) -> Any:
-        switches = {False: {"times": 0}, "off": {"times": 0}, True: {}, "on": {}}
-        return switches.get(value, value) if isinstance(value, (bool, str)) else value
+        return _switched(value, on={}, off={"times": 0})
 
     @property
     def is_on(self) -> bool:
@@ -233,9 +237,7 @@ class PosthocEmaSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _accept_a_switch(cls, value: Any) -> Any:
-        switches = {False: 0, "off": 0, True: 48, "on": 48}
-        is_switch = isinstance(value, (bool, str)) and value in switches
-        return {"snapshots": switches[value]} if is_switch else value
+        return _switched(value, on={"snapshots": 48}, off={"snapshots": 0})
 
     @field_validator("snapshots")
     @classmethod

@@ -85,7 +85,7 @@ class Engine(Protocol):
 
     @property
     def weights(self) -> list[Tensor]:
-        """What is averaged, validated and exported, in the order of `module.parameters()`.
+        """The weights that are averaged, validated and exported, in `module.parameters()`' order.
 
         These are the weights that the optimizer updates: FP32 masters if the network has 16-bit
         weights, or the parameters themselves if no rank holds a whole master. A schedule-free

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 
 from pipeline.cli import UserError, say
 from pipeline.evaluation.scoring import BASELINES
-from pipeline.files import short_path
+from pipeline.files import file_sha256, short_path
 from pipeline.models.weights import SavedNetwork, read_network
 from pipeline.run_folder import find_run, run_network_file
 
@@ -28,7 +27,7 @@ class Model:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, in hexadecimal digits."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return file_sha256(self.file)
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies this model, as JSON values."""

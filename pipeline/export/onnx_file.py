@@ -70,7 +70,7 @@ INT64 = 7
 OPSETS = range(17, 24)
 """LayerNormalization was added in 17; the pinned torch's exporter writes at most 23."""
 FIX_SIZE = f"convert_to_onnx.py --shape 1x{COLOURS}x256x256"
-"""What writes a file for images of one size, for messages."""
+"""The command that writes a file for images of one size, for messages."""
 LARGEST_BYTES = 2**31 - 1
 """Maximum size of a protobuf message."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from pipeline.checkpoint_index import read_index
 from pipeline.cli import UserError, say
-from pipeline.files import check_utf8, parse_json
+from pipeline.files import check_utf8, file_sha256, parse_json
 from pipeline.metrics import METRICS
 from pipeline.models import GENERATORS
 from pipeline.models.weights import SavedNetwork, read_network, write_network
@@ -66,7 +65,7 @@ def evaluation_of(report: Path, weights: Path) -> str:
     """
     found = _read(report)
     try:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        digest = file_sha256(weights)
         title = next(
             (model["title"] for model in found["models"] if model["sha256"] == digest), None
         )

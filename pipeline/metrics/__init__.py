@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Trunk(NamedTuple):
-    """What a metric compares with: a pretrained network's features, or NIQE's natural images."""
+    """The reference of a metric: a pretrained network, or NIQE's parameters of natural images."""
 
     network: str
     weights: str | None = None

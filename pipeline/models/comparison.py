@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -27,11 +26,13 @@ from tqdm import tqdm
 
 from pipeline.cli import RunError, UserError, bar_options, nearest, one_line
 from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.files import write_atomically
 from pipeline.images import unit_range
 from pipeline.installation import ROOT, recipe_names
 from pipeline.models import build_generator
 from pipeline.models.spandrel import large_weights
 from pipeline.models.weights import SavedNetwork, write_network
+from pipeline.timing import processor
 
 FIELD_ENERGY = 0.95
 FIELD_SIDE, FIELD_MIDDLE, FIELD_IMAGES = 96, 16, 4
@@ -111,7 +112,7 @@ def _measure(name: str, phase: str, seconds: float) -> dict[str, float]:
     network = _network(recipe)
     step = (_inference if phase == "inference" else _training)(network, recipe.scale)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     before = psutil.Process().memory_info().rss
     images = step()
     steps, began = 0, time.process_time()
@@ -318,13 +319,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def this_machine() -> str:
     """Return the names of the processor and of torch's version, for the page."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        processor = re.search(r"^model name\s*: (.+)$", lines, re.MULTILINE)
-    except OSError:
-        processor = None
-    name = processor[1] if processor else platform.machine()
-    return f"{name}, torch {torch.__version__.partition('+')[0]}"
+    return f"{processor()}, torch {torch.__version__.partition('+')[0]}"
 
 
 class Page:
@@ -357,7 +352,7 @@ class Page:
         """Put in new rows."""
         table = markdown([*self._kept, *rows])
         text = f"{self._before}{BEGIN}\n{self._machine}\n\n{table}\n\n{END}{self._after}"
-        self._path.write_text(text, encoding="utf-8")
+        write_atomically(self._path, text.encode())
 
 
 def read_table(text: str) -> list[Row]:

@@ -29,7 +29,7 @@ WIDTHS = (0.05, 0.10)
 WIDEST = 12**-0.5
 """sigma_rel of the plain mean of all updates."""
 LARGEST_ERROR = 0.1
-"""Of a reconstructed average's weights w, relative. What needs more is refused."""
+"""Largest relative error of a reconstructed average's weights w; larger ones are refused."""
 GOLDEN = 0x9E3779B1  # 2^32 divided by the golden ratio
 SAMPLED_BITS = 13  # blocks of several updates begin at update 2^13
 

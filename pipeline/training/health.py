@@ -5,7 +5,7 @@ The health rule decides whether a run has diverged, also from its validations. I
 alarm. The turn rule decides whether the discriminator skips its turns.
 
 All ranks apply a rule to the same numbers and reach the same verdict: the health rule at any time
-after the updates, so that no step waits for it, the turn rule every so many updates. What the rules
+after the updates, so that no step waits for it, the turn rule at fixed intervals. What the rules
 remember is part of a checkpoint, so a continued run judges as one that was never stopped. Imports
 no torch.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import platform
@@ -23,7 +22,7 @@ from pipeline.cli import DISK_ERRORS, RunError, UserError, disk_error
 from pipeline.distributed.launcher import GUARDED
 from pipeline.distributed.ranks import Ranks, start_distributed, stop_distributed
 from pipeline.distributed.stopping import StopSignals, Watchdog
-from pipeline.files import remove_private_temp, short_path, use_private_temp
+from pipeline.files import file_sha256, remove_private_temp, short_path, use_private_temp
 from pipeline.installation import as_typed
 from pipeline.libraries import (
     keep_compiled_code_private,
@@ -131,7 +130,7 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return file_sha256(path)[:12]
 
 
 def main(options: TrainOptions) -> int:

@@ -37,7 +37,7 @@ from pipeline.engine.engine import (
 )
 from pipeline.engine.layout import LAYOUTS, faster_layout
 from pipeline.engine.schedules import validate_schedule
-from pipeline.files import short_path
+from pipeline.files import file_sha256, short_path
 from pipeline.losses import Criterion
 from pipeline.models import build_generator, native
 from pipeline.models.common import checkpoint_activations
@@ -63,7 +63,7 @@ from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.saved_run import newest_of_previous, refuse_other_run
 from pipeline.training.start import load_start_discriminator, load_start_weights
-from pipeline.training.teacher import Teacher, read_teacher
+from pipeline.training.teacher import Teacher, read_teacher, teacher_file
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
 
@@ -263,9 +263,9 @@ def _find_run(
 ) -> _SavedRun:
     """Find the run on disk; raise `UserError` if it is a different one."""
     identity = {**plan.identity, "precision": precision}
-    if plan.recipe.teacher:
+    if teacher := plan.recipe.teacher:
         identity["teacher_sha256"] = ranks.agree(
-            ranks.on_all_ranks(lambda: read_teacher(plan.recipe)[1] if ranks.is_first else "")
+            ranks.on_all_ranks(lambda: file_sha256(teacher_file(teacher)) if ranks.is_first else "")
         )
     sees_run_dir = transfer.sees_run_dir(plan.run_dir, ranks)
     ranks.on_all_ranks(lambda: spill.bring_back(plan.run_dir, say) if ranks.is_first else None)
@@ -447,8 +447,8 @@ def _teacher(
     """Build the recipe's teacher on every rank; only the first rank's host may have its file."""
     recipe = plan.recipe
     assert recipe.teacher is not None
-    saved, _ = ranks.agree(
-        ranks.on_all_ranks(lambda: read_teacher(recipe) if ranks.is_first else (None, ""))
+    saved = ranks.agree(
+        ranks.on_all_ranks(lambda: read_teacher(recipe) if ranks.is_first else None)
     )
     network = saved.build().to(ranks.device, memory_format=LAYOUTS[layout])
     teacher = Teacher(network, student, recipe.teacher, recipe.data.crop // recipe.scale)

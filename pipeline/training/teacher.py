@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -37,8 +36,8 @@ def teacher_file(spec: TeacherSpec) -> Path:
     return path
 
 
-def read_teacher(recipe: Recipe) -> tuple[SavedNetwork, str]:
-    """Read and check the network that `recipe.teacher` names; return it and its file's SHA-256.
+def read_teacher(recipe: Recipe) -> SavedNetwork:
+    """Read the network that `recipe.teacher` names.
 
     Raises `UserError` if it cannot be read or is of another scale.
     """
@@ -50,8 +49,7 @@ def read_teacher(recipe: Recipe) -> tuple[SavedNetwork, str]:
             f"teacher.file: {file} holds {saved.name} x{saved.scale}, but this recipe trains "
             f"x{recipe.scale}; a teacher must have the same scale"
         )
-    saved.build()  # raises UserError if the file does not fit the network it names
-    return saved, hashlib.sha256(file.read_bytes()).hexdigest()
+    return saved
 
 
 def check_teachers(plans: Sequence[TrainPlan]) -> None:
@@ -69,7 +67,7 @@ def check_teachers(plans: Sequence[TrainPlan]) -> None:
                 "teacher with export_trained_model.py and give that file, or use another "
                 "--output-dir"
             )
-        read_teacher(plan.recipe)
+        read_teacher(plan.recipe).build()  # raises UserError if the tensors do not fit
 
 
 class Teacher:

@@ -362,7 +362,7 @@ def _draw_sinc(
 
 
 def _blur_step(drawn: Parameters) -> Parameters | None:
-    """Return the blur of a round as a step of a chain, or None if there is none."""
+    """Return the blur of a round as a step of a chain, or None for a round without blur."""
     shape = drawn["blur"]
     if shape["shape"] == "none":
         return None
