@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from pipeline.losses.pixel import Charbonnier, FourierL1, MsSsim, TotalVariation
 from pipeline.losses.sobel import Sobel
 from pipeline.losses.trunks import trunk_layout
 from pipeline.losses.vgg_patch import VggPatch
+from pipeline.spec import is_number
 
 # Either a function f(sr, hr, **params), or a class built with its params and called with (sr, hr).
 # A loss whose attribute `uses_averaged` is true also gets `averaged`, the averaged network's SR.
@@ -119,11 +119,7 @@ def _split(name: str, term: float | Mapping[str, Any]) -> tuple[float, dict[str,
     if "weight" not in params:
         raise UserError(f"the loss {name!r} has no weight; give it one, e.g. weight: 1.0")
     weight = params.pop("weight")
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, (int, float))
-        or not 0 < weight < math.inf
-    ):
+    if not is_number(weight) or weight <= 0:
         raise UserError(
             f"the weight of {name!r} is {weight!r}, but must be a number above 0; to train "
             "without the loss, remove it"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.colour_spaces import rgb_to_oklab
-from pipeline.images import without_tf32
+from pipeline.losses.pixel import gaussian_blur
+from pipeline.spec import is_number
 
 EPSILON = 1e-3  # smooths the distance at 0; differences of 0.02 in Oklab are just visible
 MAX_SIGMA = 50
@@ -70,11 +70,7 @@ class Luma(nn.Module):
 
 
 def _checked(sigma: float) -> float:
-    if (
-        isinstance(sigma, bool)
-        or not isinstance(sigma, (int, float))
-        or not 0 <= sigma <= MAX_SIGMA
-    ):
+    if not is_number(sigma) or not 0 <= sigma <= MAX_SIGMA:
         raise ValueError(f"sigma {sigma!r} is not a number from 0 to {MAX_SIGMA}")
     return float(sigma)
 
@@ -93,10 +89,4 @@ def _blurred(planes: Tensor, sigma: float, loss: str) -> Tensor:
             f"the loss {loss!r} with sigma {sigma:g} needs a crop of at least {side} pixels, but "
             f"it is {min(planes.shape[-2:])}; use a larger data.crop or a smaller sigma"
         )
-    offsets = torch.arange(side, dtype=planes.dtype, device=planes.device) - radius
-    window = torch.exp(-offsets.square() / (2 * sigma * sigma))
-    channels = planes.shape[1]
-    window = (window / window.sum()).expand(channels, 1, side)
-    with without_tf32():
-        down = F.conv2d(planes.contiguous(), window[..., None].contiguous(), groups=channels)
-        return F.conv2d(down, window[..., None, :].contiguous(), groups=channels)
+    return gaussian_blur(planes, sigma, radius)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.losses.perceptual import VggLoss
+from pipeline.spec import is_number
 
 EPSILON = 1e-5
 MAX_DISTANCES = 1 << 24
@@ -51,11 +51,7 @@ class Contextual(VggLoss):
         weights: str | None = None,
         precision: str = "auto",
     ) -> None:
-        if (
-            isinstance(bandwidth, bool)
-            or not isinstance(bandwidth, (int, float))
-            or not 0 < bandwidth < math.inf
-        ):
+        if not is_number(bandwidth) or bandwidth <= 0:
             raise ValueError(f"bandwidth {bandwidth!r} is not a number above 0")
         layers = {"conv3_4": 1.0} if layers is None else layers
         super().__init__(layers, before_activation, weights, precision)

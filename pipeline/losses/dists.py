@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from pipeline.cli import UserError
 from pipeline.images import unit_range
 from pipeline.losses.trunks import (
-    MEAN,
-    STD,
     VGG16_BLOCKS,
+    VggTrunk,
     check_precision,
     check_side,
     in_precision,
-    load_trunk,
-    vgg_features,
 )
 
 CHANNELS = (3, *(channels for channels, _ in VGG16_BLOCKS))  # of the image, then of each block
@@ -30,7 +27,7 @@ C1 = C2 = 1e-6
 SMALLEST_SIDE = 17
 
 
-class DistsFeatures(nn.Module):
+class DistsFeatures(VggTrunk):
     """VGG16 whose max pooling is replaced by L2 pooling, up to the last activation of each block.
 
     L2 pooling is the root of the squares' mean under a Hanning window of 3x3, with stride 2. It
@@ -44,12 +41,7 @@ class DistsFeatures(nn.Module):
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.features = vgg_features(VGG16_BLOCKS)
-        load_trunk("vgg", weights, self.features)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        super().__init__("vgg", weights)
         row = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer("window", torch.outer(row, row)[None, None])
 
@@ -60,8 +52,7 @@ class DistsFeatures(nn.Module):
         """
         dtype = self.mean.dtype
         images = unit_range(images, dtype)
-        features = (images - self.mean) / self.std
-        found = [images]
+        features, found = self.normalised(images), [images]
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 features = features.to(dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
+from pipeline.spec import is_number
 
 
 class FocalFrequency(nn.Module):
@@ -33,11 +32,7 @@ class FocalFrequency(nn.Module):
 
     def __init__(self, alpha: float = 1.0, patch_factor: int = 1) -> None:
         super().__init__()
-        if (
-            isinstance(alpha, bool)
-            or not isinstance(alpha, (int, float))
-            or not 0 <= alpha < math.inf
-        ):
+        if not is_number(alpha) or alpha < 0:
             raise ValueError(f"alpha {alpha!r} is not a number from 0 on")
         if type(patch_factor) is not int or patch_factor < 1:
             raise ValueError(f"patch_factor {patch_factor!r} is not an integer from 1 on")

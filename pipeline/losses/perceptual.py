@@ -14,16 +14,15 @@ from pipeline.cli import nearest
 from pipeline.images import unit_range
 from pipeline.libraries import import_torchvision
 from pipeline.losses.trunks import (
-    MEAN,
-    STD,
     VGG19_BLOCKS,
+    VggTrunk,
     check_precision,
     check_side,
     in_precision,
     load_trunk,
-    vgg_features,
     vgg_layer_indices,
 )
+from pipeline.spec import is_number
 
 # Smallest side in pixels for which the deepest features are not empty.
 LPIPS_SMALLEST_SIDES = {
@@ -33,7 +32,7 @@ LPIPS_SMALLEST_SIDES = {
 }
 
 
-class Vgg19Features(nn.Module):
+class Vgg19Features(VggTrunk):
     """VGG19 up to the deepest of `places`.
 
     Args:
@@ -45,16 +44,10 @@ class Vgg19Features(nn.Module):
     """
 
     def __init__(self, places: Iterable[int], weights: str | None) -> None:
-        super().__init__()
+        super().__init__("vgg19", weights)
         self.places = frozenset(places)
-        # Values come from the file, so skip allocation and initialisation
-        with torch.device("meta"):
-            whole = vgg_features(VGG19_BLOCKS)
-        load_trunk("vgg19", weights, whole)
-        self.features = whole[: max(self.places) + 1].requires_grad_(False).eval()
+        self.features = self.features[: max(self.places) + 1].requires_grad_(False).eval()
         self.smallest_side = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in self.features)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Return place -> features.
@@ -62,13 +55,11 @@ class Vgg19Features(nn.Module):
         `images` are RGB NCHW, pixels or floats in [0, 1]. The features are float32 under autocast
         too.
         """
-        dtype = self.mean.dtype
-        features = (unit_range(images, dtype) - self.mean) / self.std
-        found = {}
+        features, found = self.normalised(images), {}
         for index, layer in enumerate(self.features):
             features = layer(features)
             if index in self.places:
-                found[index] = features.to(dtype)
+                found[index] = features.to(self.mean.dtype)
         return found
 
 
@@ -291,11 +282,7 @@ def _check_layers(layers: Mapping[str, float], indices: Mapping[str, int]) -> No
     for name, weight in layers.items():
         if name not in indices:
             raise ValueError(f"VGG19 has no layer {name!r}{nearest(str(name), indices)}")
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, (int, float))
-            or not 0 < weight < float("inf")
-        ):
+        if not is_number(weight) or weight <= 0:
             raise ValueError(f"the weight {weight!r} of layer {name!r} is not a number above 0")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.images import without_tf32
+from pipeline.spec import is_number
 
 
 def l1(sr: Tensor, hr: Tensor) -> Tensor:
@@ -35,11 +34,7 @@ class Charbonnier(nn.Module):
 
     def __init__(self, epsilon: float = 1e-3) -> None:
         super().__init__()
-        if (
-            isinstance(epsilon, bool)
-            or not isinstance(epsilon, (int, float))
-            or not 0 < epsilon < math.inf
-        ):
+        if not is_number(epsilon) or epsilon <= 0:
             raise ValueError(f"epsilon {epsilon!r} is not a number above 0")
         self.epsilon = float(epsilon)
 
@@ -190,8 +185,9 @@ def _halve(images: Tensor) -> Tensor:
 def _similarity_maps(sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
     """Return SSIM's two factors (luminance, contrast and structure), each NC(H-10)(W-10)."""
     c1, c2 = K1 * K1, K2 * K2
-    mean_sr, mean_hr, square_sr, square_hr, mixed = _blur(
-        torch.cat((sr, hr, sr * sr, hr * hr, sr * hr), dim=1)
+    # Variances are differences of these means, and as small as TF32's rounding of them.
+    mean_sr, mean_hr, square_sr, square_hr, mixed = gaussian_blur(
+        torch.cat((sr, hr, sr * sr, hr * hr, sr * hr), dim=1), SIGMA, WINDOW // 2
     ).chunk(5, dim=1)
     product = mean_sr * mean_hr
     variances = square_sr + square_hr - mean_sr * mean_sr - mean_hr * mean_hr
@@ -199,15 +195,15 @@ def _similarity_maps(sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
     return luminance, (2 * (mixed - product) + c2) / (variances + c2)
 
 
-def _blur(planes: Tensor) -> Tensor:
-    """Apply the Gaussian window to NCHW along both axes, only where it fits completely.
+def gaussian_blur(planes: Tensor, sigma: float, radius: int) -> Tensor:
+    """Blur NCHW along both axes, only where the window of 2 radius + 1 pixels fits completely.
 
-    TF32 is off: its rounding is as large as the variances, which are differences of these means.
+    TF32 is off, because what is compared may be a small difference of the results.
     """
-    channels = planes.shape[1]
-    offsets = torch.arange(WINDOW, dtype=planes.dtype, device=planes.device) - WINDOW // 2
-    window = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    window = (window / window.sum()).expand(channels, 1, WINDOW)
+    channels, side = planes.shape[1], 2 * radius + 1
+    offsets = torch.arange(side, dtype=planes.dtype, device=planes.device) - radius
+    window = torch.exp(-offsets.square() / (2 * sigma**2))
+    window = (window / window.sum()).expand(channels, 1, side)
     with without_tf32():
         down = F.conv2d(planes.contiguous(), window[..., None].contiguous(), groups=channels)
         return F.conv2d(down, window[..., None, :].contiguous(), groups=channels)

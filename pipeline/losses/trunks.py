@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.cli import UserError, nearest
+from pipeline.images import unit_range
 
 # Where the files of the pretrained trunks are looked for, and how they are read.
 #
@@ -202,6 +203,31 @@ def vgg_features(blocks: Sequence[tuple[int, int]]) -> nn.Sequential:
             before = channels
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
+
+
+class VggTrunk(nn.Module):
+    """A VGG with the weights of a file, and the normalisation of its input.
+
+    Args:
+        name: "vgg" (VGG16) or "vgg19".
+        weights: a file with its weights, see `load_trunk`; `None` uses torch's cache.
+
+    Raises:
+        UserError: the weights are missing or not this trunk's.
+    """
+
+    def __init__(self, name: str, weights: str | None) -> None:
+        super().__init__()
+        # Values come from the file, so skip allocation and initialisation.
+        with torch.device("meta"):
+            self.features = vgg_features(VGG19_BLOCKS if name == "vgg19" else VGG16_BLOCKS)
+        load_trunk(name, weights, self.features)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return RGB NCHW images, pixels or floats in [0, 1], as VGG takes them."""
+        return (unit_range(images, self.mean.dtype) - self.mean) / self.std
 
 
 def vgg_layer_indices(blocks: Sequence[tuple[int, int]]) -> dict[str, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from pipeline.spec import is_number
 
 COLOURS = 3
 LARGEST_SIZE = 1 << 16
@@ -211,8 +212,7 @@ def check_sizes(**sizes: int) -> None:
 def check_positive(**numbers: float) -> None:
     """Raise `ValueError` for the first of `numbers` that is not a finite number above 0."""
     for name, number in numbers.items():
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or number <= 0:
+        if not is_number(number) or number <= 0:
             raise ValueError(f"{name} {number!r} is not a number above 0")
 
 

@@ -130,9 +130,9 @@ def test_every_discriminator(name: str) -> None:
 @pytest.fixture
 def trunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give losses trunks without values."""
-    from pipeline.losses import dists, perceptual
+    from pipeline.losses import perceptual, trunks
 
-    for module in (dists, perceptual):
+    for module in (perceptual, trunks):
         monkeypatch.setattr(
             module, "load_trunk", lambda name, file, layers: layers.to_empty(device="cpu")
         )
