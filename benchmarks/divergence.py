@@ -10,7 +10,6 @@ import io
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -333,13 +332,21 @@ def _train(
     import torch
 
     torch.set_num_threads(1)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    become_only_rank()
     queue.put(train_here(dataset, run_dir, (*TINY, *overrides), fault))
+
+
+def become_only_rank() -> None:
+    """Let this process be the only rank of a run."""
+    from pipeline.distributed.launcher import free_port
+
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )
 
 
 def train_here(

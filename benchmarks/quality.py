@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import tyro
 
 from pipeline.cli import UserError, nearest, run
+from pipeline.files import write_atomically
 
 Overrides = Mapping[str, Any]
 
@@ -67,11 +67,20 @@ class Experiment:
     seeds: int = 3
     metrics: tuple[str, ...] = ("psnr_y",)
     """Values of a validation to report, the most important first."""
-    start: str = ""
-    """The experiment and arm whose trained networks these runs start from, seed by seed."""
 
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
+
+class Case(NamedTuple):
+    """What one run trains."""
+
+    recipe: str
+    overrides: dict[str, Any]
+    patch: str
+
+    @classmethod
+    def of(cls, experiment: Experiment, arm: Arm, seed: int) -> Case:
+        measured = {"validation_metrics": list(experiment.metrics), "seed": seed}
+        overrides = {**COMMON, **experiment.overrides, **arm.overrides, **measured}
+        return cls(experiment.recipe, overrides, arm.patch)
 
 
 COMMON: dict[str, Any] = {
@@ -90,7 +99,7 @@ COMMON: dict[str, Any] = {
     "patience": 0,
     "ema_decay": 0.99,
 }
-"""Of all runs: what makes them short and repeatable."""
+"""Overrides of every run, which make it short and repeatable."""
 VAPSR = {"data.crop": 48}
 COMPACT = {
     "data.crop": 96,
@@ -475,15 +484,11 @@ def _run_one(name: str, arm: Arm, seed: int, dataset: Path, options: Options) ->
     log = os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    overrides = {**COMMON, **experiment.overrides, **arm.overrides, "seed": seed}
-    if experiment.start:
-        before, _, started = experiment.start.partition(":")
-        place = options.out / "runs" / before / _plain(started) / str(seed)
-        overrides["start"] = str(place.resolve() / "run")
     seconds = options.seconds or experiment.seconds
-    each = _seconds_per_step(experiment, arm, overrides, dataset, folder, file.parents[1])
+    each = _seconds_per_step(experiment, arm, dataset, folder, file.parents[1])
     steps = max(VALIDATIONS, round(seconds / each / VALIDATIONS) * VALIDATIONS)
-    took = _train(experiment, arm, overrides, steps, VALIDATIONS, dataset, folder / "run")
+    case = Case.of(experiment, arm, seed)
+    took = _train(case, steps, VALIDATIONS, dataset, folder / "run")
     curve = [
         entry
         for entry in map(json.loads, (folder / "run" / "log.jsonl").read_text().splitlines())
@@ -494,8 +499,8 @@ def _run_one(name: str, arm: Arm, seed: int, dataset: Path, options: Options) ->
         for entry in curve
     ]
     result = {
-        "overrides": {key: value for key, value in overrides.items() if key != "start"},
-        "patch": arm.patch,
+        "overrides": case.overrides,
+        "patch": case.patch,
         "steps": steps,
         "seconds_per_step": each,
         "measured_seconds_per_step": statistics.median(took),
@@ -503,18 +508,11 @@ def _run_one(name: str, arm: Arm, seed: int, dataset: Path, options: Options) ->
         "curve": values,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(result) + "\n")
-    temporary.replace(file)
+    write_atomically(file, f"{json.dumps(result)}\n".encode())
 
 
 def _seconds_per_step(
-    experiment: Experiment,
-    arm: Arm,
-    overrides: Overrides,
-    dataset: Path,
-    folder: Path,
-    results: Path,
+    experiment: Experiment, arm: Arm, dataset: Path, folder: Path, results: Path
 ) -> float:
     """Return the CPU seconds of a step of `arm`, the same for all seeds; measure them once.
 
@@ -524,9 +522,8 @@ def _seconds_per_step(
     first = experiment.arms[0]
 
     def measure(one: Arm, number: int) -> float:
-        given = {**COMMON, **experiment.overrides, **one.overrides, "seed": 0}
         place = folder / f"calibration-{number}"
-        took = _train(experiment, one, given, UNTIMED + TIMED, 1, dataset, place)
+        took = _train(Case.of(experiment, one, 0), UNTIMED + TIMED, 1, dataset, place)
         shutil.rmtree(place)
         return statistics.median(took[UNTIMED:])
 
@@ -534,7 +531,7 @@ def _seconds_per_step(
         file = results / _plain(one.name) / "calibration.json"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"seconds_per_step": compute()}) + "\n")
+            write_atomically(file, json.dumps({"seconds_per_step": compute()}).encode())
         seconds: float = json.loads(file.read_text())["seconds_per_step"]
         return seconds
 
@@ -546,21 +543,13 @@ def _seconds_per_step(
     return kept(arm, relative) if arm.has_own_cost else base
 
 
-def _train(
-    experiment: Experiment,
-    arm: Arm,
-    overrides: Overrides,
-    steps: int,
-    validations: int,
-    dataset: Path,
-    run_dir: Path,
-) -> list[float]:
+def _train(case: Case, steps: int, validations: int, dataset: Path, run_dir: Path) -> list[float]:
     """Train in a process of its own; return the CPU seconds of its steps, without validations."""
     context = multiprocessing.get_context("fork")
     queue: Any = context.SimpleQueue()
     process = context.Process(
         target=_train_here,
-        args=(experiment, arm, overrides, steps, validations, dataset, run_dir, queue),
+        args=(case, steps, validations, dataset, run_dir, queue),
     )
     process.start()
     process.join()
@@ -571,25 +560,13 @@ def _train(
 
 
 def _train_here(
-    experiment: Experiment,
-    arm: Arm,
-    overrides: Overrides,
-    steps: int,
-    validations: int,
-    dataset: Path,
-    run_dir: Path,
-    queue: Any,
+    case: Case, steps: int, validations: int, dataset: Path, run_dir: Path, queue: Any
 ) -> None:
-    from benchmarks.divergence import train_here
+    from benchmarks.divergence import become_only_rank, train_here
     from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    given = {**overrides, "steps": steps, "validate_every": max(1, steps // validations)}
+    become_only_rank()
+    given = {**case.overrides, "steps": steps, "validate_every": max(1, steps // validations)}
     texts = tuple(f"{key}={json.dumps(value)}" for key, value in given.items())
     began: list[float] = []
 
@@ -603,9 +580,9 @@ def _train_here(
     with ExitStack() as stack:
         for kind in (ReconstructionTrainer, AdversarialTrainer):
             stack.enter_context(patch.object(kind, "step", timed(kind.step)))
-        if arm.patch:
-            stack.enter_context(PATCHES[arm.patch]())
-        outcome = train_here(dataset, run_dir, texts, recipe=experiment.recipe)
+        if case.patch:
+            stack.enter_context(PATCHES[case.patch]())
+        outcome = train_here(dataset, run_dir, texts, recipe=case.recipe)
     print(outcome["output"], flush=True)
     if outcome["status"]:
         raise SystemExit(outcome["status"])

@@ -320,7 +320,9 @@ def make_pairs(
     """
     recipe, wanted = plan.recipe, numbers
     if recipe.data.mixing.has_partners:
-        numbers = sorted({number ^ own for number in wanted for own in (0, 1)})
+        from pipeline.data import mixing
+
+        numbers = sorted({*wanted, *map(mixing.partner, wanted)})
     source = ChosenSource.of_dataset(
         plan.dataset,
         recipe.data,
@@ -618,13 +620,16 @@ def describe(pair: DrawnPair, spec: DataSpec, scale: int) -> list[str]:
 
 
 def _mix_words(number: int, drawn: Mapping[str, Any]) -> str:
+    from pipeline.data import mixing
+
+    partner = mixing.partner(number)
     side, top, left = (drawn[name] for name in ("side", "top", "left"))
     box = f"{side}x{side} LR pixels at row {top}, column {left}"
     if drawn["kind"] == "cutblur":
         return f"cutblur: HR {'inside' if drawn['is_inside'] else 'outside'} {box}"
     if drawn["kind"] == "mixup":
-        return f"mixup: {drawn['share']:.0%} of sample {number ^ 1}"
-    return f"{drawn['kind']}: sample {number ^ 1} in {box}"
+        return f"mixup: {drawn['share']:.0%} of sample {partner}"
+    return f"{drawn['kind']}: sample {partner} in {box}"
 
 
 def step_words(drawn: Mapping[str, Any]) -> str:
