@@ -45,7 +45,6 @@ from pipeline.training.options import TrainOptions, TrainPlan, plans_of_rank
 from pipeline.training.reporting import Reporter
 from pipeline.training.setup import check_stages, move_logs_aside, set_up
 from pipeline.training.start import with_start_params
-from pipeline.training.teacher import check_teachers
 
 # Before training, all ranks compare code, packages, recipe and data: ranks that differ would train
 # on wrong gradients, or hang.
@@ -168,7 +167,6 @@ def _train_all(plans: Sequence[TrainPlan], ranks: Ranks, watchdog: Watchdog) -> 
     console = Console(is_mute=not ranks.is_first)
     with StopSignals(console.say) as signals, contextlib.ExitStack() as stack:
         refuse_other_hosts(plans, ranks)
-        ranks.on_all_ranks(lambda: check_teachers(plans) if ranks.is_first else None)
         ranks.on_all_ranks(lambda: _lock_run_folder(plans, ranks, console, stack))
         plans = with_start_params(plans, ranks)
         check_stages(plans, ranks)

@@ -63,7 +63,7 @@ from pipeline.training.options import TrainPlan
 from pipeline.training.previews import PREVIEWS_DIR, read_previews
 from pipeline.training.saved_run import newest_of_previous, refuse_other_run
 from pipeline.training.start import load_start_discriminator, load_start_weights
-from pipeline.training.teacher import Teacher, read_teacher, teacher_file
+from pipeline.training.teacher import Teacher, check_teacher, read_teacher, teacher_file
 from pipeline.training.trainers import AdversarialTrainer, ReconstructionTrainer
 from pipeline.training.validation import ValidationPair, ValidationSet, validation_measures
 
@@ -165,6 +165,8 @@ def _check_stage(plan: TrainPlan, before: TrainPlan | None, ranks: Ranks) -> Non
     if begins and recipe.start is not None and (before is None or recipe.start != "previous"):
         load_start_weights(generator, plan)
     _checkpoint_activations(generator, recipe)
+    if ranks.is_first:
+        check_teacher(plan)
     refuse_small_files(plan)
     if recipe.adversarial:
         spec, start = recipe.adversarial.discriminator, recipe.adversarial.start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -52,22 +52,20 @@ def read_teacher(recipe: Recipe) -> SavedNetwork:
     return saved
 
 
-def check_teachers(plans: Sequence[TrainPlan]) -> None:
-    """Check the teacher of every stage, before a run begins and an old one is moved aside.
+def check_teacher(plan: TrainPlan) -> None:
+    """Check the teacher of a stage, if it has one, before an old run is moved aside.
 
     Raises `UserError`.
     """
-    for plan in plans:
-        if plan.recipe.teacher is None:
-            continue
-        file = teacher_file(plan.recipe.teacher).resolve()
-        if file.is_relative_to(plan.home.resolve()):
-            raise UserError(
-                f"teacher.file: {plan.recipe.teacher.file} is in this run's own folder; export the "
-                "teacher with export_trained_model.py and give that file, or use another "
-                "--output-dir"
-            )
-        read_teacher(plan.recipe).build()  # raises UserError if the tensors do not fit
+    if plan.recipe.teacher is None:
+        return
+    file = teacher_file(plan.recipe.teacher).resolve()
+    if file.is_relative_to(plan.home.resolve()):
+        raise UserError(
+            f"teacher.file: {plan.recipe.teacher.file} is in this run's own folder; export the "
+            "teacher with export_trained_model.py and give that file, or use another --output-dir"
+        )
+    read_teacher(plan.recipe).build()  # raises UserError if the tensors do not fit
 
 
 class Teacher:
